@@ -1,0 +1,1 @@
+"""The commands: argument parsing only, each a shell around one documented function."""

@@ -1,0 +1,127 @@
+"""What every command shares: console logging, error messages without tracebacks, folder flags, the device."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lgssl_nnunet.errors import LGSSLError
+from lgssl_nnunet.paths import use_data_folders
+
+if TYPE_CHECKING:
+    import torch
+
+INTERRUPTED = 130
+
+_FOLDER_FLAGS = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Console handler that always writes to the current stderr; there is at most one of it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(_LevelFormatter("%(message)s"))
+
+
+class _LevelFormatter(logging.Formatter):
+    """Plain lines for information; warnings and errors carry their level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname}: {text}"
+
+
+def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return a parser whose description and examples keep their line breaks."""
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, folders: bool = True) -> None:
+    """Add `--debug` and, unless `folders` is False, `--raw`, `--preprocessed` and `--results`."""
+    group = parser.add_argument_group("common to all commands")
+    if folders:
+        for flag, variable in _FOLDER_FLAGS.items():
+            group.add_argument(
+                f"--{flag}",
+                metavar="FOLDER",
+                help=f"use this folder instead of the one in the environment variable {variable}",
+            )
+    group.add_argument("--debug", action="store_true", help="show debug messages, and the traceback of an error")
+
+
+def apply_common_arguments(arguments: argparse.Namespace) -> None:
+    """Put the folder flags into nnU-Net's environment variables (a flag wins); has no other effect.
+
+    nnU-Net reads these variables once, when it is imported, so this comes before any such import.
+    """
+    for flag, variable in _FOLDER_FLAGS.items():
+        folder = getattr(arguments, flag, None)
+        if folder:
+            os.environ[variable] = str(Path(folder).expanduser().resolve())
+
+
+def start_console_logging(debug: bool = False) -> None:
+    """Send the package's messages to stderr: information and above, with `debug` everything."""
+    package = logging.getLogger("lgssl_nnunet")
+    for handler in [h for h in package.handlers if isinstance(h, _ConsoleHandler)]:
+        package.removeHandler(handler)
+    package.addHandler(_ConsoleHandler())
+    package.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def run_command(
+    function: Callable[[], int | None],
+    arguments: argparse.Namespace | None = None,
+    *,
+    use_folders: bool = True,
+) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        function: the work of the command; what it returns is the exit status, None means 0.
+        arguments: the parsed arguments, for `--debug` and the folder flags.
+        use_folders: set folder variables that are unset to folders under the current directory, and say so.
+
+    Returns:
+        0 for success, the error's `exit_code` for an error that the user can act on (its message goes to stderr,
+        without a traceback unless `--debug`), 130 when interrupted. Other exceptions are bugs and pass through.
+    """
+    debug = bool(getattr(arguments, "debug", False))
+    start_console_logging(debug)
+    try:
+        if arguments is not None:
+            apply_common_arguments(arguments)
+        if use_folders:
+            use_data_folders()
+        return function() or 0
+    except LGSSLError as error:
+        if debug:
+            logging.getLogger(__name__).debug("The error was raised here:", exc_info=True)
+        print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device named by `-device`, or the best one there is, and give torch its threads.
+
+    Imports torch when called. As in nnU-Net's commands, torch may use every core on a CPU and one host thread
+    on a GPU, where worker processes do the rest.
+    """
+    import torch
+
+    from lgssl_nnunet.inference.device import choose_device as choose
+
+    device = choose(name)
+    torch.set_num_threads((os.cpu_count() or 1) if device.type == "cpu" else 1)
+    return device

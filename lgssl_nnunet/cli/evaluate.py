@@ -1,0 +1,69 @@
+"""`lgssl_evaluate`: compare predicted segmentations with references."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
+
+_EXAMPLES = """\
+examples:
+  lgssl_evaluate labelsTs segmentations
+  lgssl_evaluate labelsTs segmentations -djfile dataset.json -pfile plans.json -o results/summary.json
+
+Prints Dice and Jaccard per class and writes nnU-Net's summary.json and, beside it, summary_per_case.csv.
+exit status: 0 done, 2 missing or unusable files (all are named)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser: nnUNetv2_evaluate_folder's arguments."""
+    parser = command_parser(
+        "lgssl_evaluate", "Compare predicted segmentations with references: Dice and Jaccard.", _EXAMPLES
+    )
+    parser.add_argument("reference", help="folder with the reference segmentations")
+    parser.add_argument("prediction", help="folder with the predicted segmentations, under the same file names")
+    parser.add_argument(
+        "-djfile", metavar="FILE", help="dataset.json (default: the one that lgssl_predict left with the predictions)"
+    )
+    parser.add_argument(
+        "-pfile", metavar="FILE", help="plans.json (default: the one that lgssl_predict left with the predictions)"
+    )
+    parser.add_argument("-o", metavar="FILE", help="the summary, ending in .json (default: PREDICTION/summary.json)")
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="worker processes; 0: none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chill", action="store_true", help="evaluate the cases that are there when predictions are missing"
+    )
+    add_common_arguments(parser, folders=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: _run(arguments), arguments, use_folders=False)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from lgssl_nnunet.evaluation.evaluate import evaluate
+    from lgssl_nnunet.evaluation.tables import class_table
+
+    results = evaluate(
+        arguments.reference,
+        arguments.prediction,
+        dataset_json=arguments.djfile,
+        plans=arguments.pfile,
+        output=arguments.o,
+        num_processes=arguments.np,
+        chill=arguments.chill,
+    )
+    print(class_table(results["classes"]))
+    print(f"\nWritten: {results['summary_file']}, {results['cases_file']}")

@@ -1,0 +1,136 @@
+"""`lgssl_train`: trains a model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from lgssl_nnunet.cli.common import add_common_arguments, choose_device, command_parser, run_command
+from lgssl_nnunet.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TRAINER = "LGSSLTrainer"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser: nnUNetv2_train's flags, and ours."""
+    parser = command_parser(
+        "lgssl_train",
+        "Train a model on the labelled and unlabelled cases of a planned dataset.",
+        "example:\n  lgssl_train 501 3d_fullres LGSSLTrainer\n  lgssl_train 501 3d_fullres 0 -tr SupervisedTrainer",
+    )
+    parser.add_argument("dataset_name_or_id", help="dataset id or name, for example 501")
+    parser.add_argument("configuration", help="2d, 3d_fullres or 3d_lowres")
+    parser.add_argument(
+        "trainer_or_fold",
+        nargs="?",
+        default=None,
+        help=f"trainer class (default {DEFAULT_TRAINER}; lgssl_info lists them), or, as in nnUNetv2_train, the fold",
+    )
+    parser.add_argument("-tr", default=None, help="trainer class, if the third word is a fold")
+    parser.add_argument("-f", default=None, help="fold: all (default, every labelled case trains) or 0 to 4")
+    parser.add_argument(
+        "-p", default=None, help="plans name (default: the dataset's only LGSSL plans, else the newest)"
+    )
+    ours = parser.add_argument_group(
+        "options that become part of the model folder's name when they differ from the plans"
+    )
+    ours.add_argument("--epochs", type=int, default=None, help="number of epochs (default: as planned)")
+    ours.add_argument("--iterations_per_epoch", type=int, default=None, help="steps per epoch (default: as planned)")
+    ours.add_argument(
+        "--unlabeled_batch_size", type=int, default=None, help="unlabelled patches per step (default: as labelled ones)"
+    )
+    ours.add_argument("--seed", type=int, default=None, help="training seed (default 0)")
+    ours.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="hyper-parameter of the method; may be repeated",
+    )
+    parser.add_argument("-pretrained_weights", default=None, help="checkpoint file whose weights start the training")
+    parser.add_argument("-num_gpus", type=int, default=1, help="number of GPUs (default 1)")
+    parser.add_argument("--npz", action="store_true", help="save the final validation's probabilities as .npz")
+    parser.add_argument("--c", action="store_true", help="continue from the newest checkpoint of this run")
+    parser.add_argument("--val", action="store_true", help="only run the final validation of a finished training")
+    parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best.pth instead of the final one")
+    parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints")
+    parser.add_argument("-device", default=None, help="cpu, cuda, cuda:1 or mps (default: chosen and printed)")
+    parser.add_argument("--no_pbar", action="store_true", help="no progress bar")
+    add_common_arguments(parser)
+    return parser
+
+
+def understand_words(trainer_or_fold: str | None, trainer: str | None, fold: str | None) -> tuple[str, str]:
+    """Return trainer and fold from the third word, `-tr` and `-f`.
+
+    Raises:
+        UsageError: the same thing was said twice and differently.
+    """
+    is_fold = trainer_or_fold is not None and (trainer_or_fold == "all" or trainer_or_fold.lstrip("-").isdigit())
+    words = {
+        "fold": (trainer_or_fold if is_fold else None, fold),
+        "trainer": (None if is_fold else trainer_or_fold, trainer),
+    }
+    chosen = {}
+    for name, given in words.items():
+        values = {value for value in given if value is not None}
+        if len(values) > 1:
+            raise UsageError(f"Two different {name}s were given, {given[0]} and {given[1]}: leave one out.")
+        chosen[name] = values.pop() if values else None
+    return chosen["trainer"] or DEFAULT_TRAINER, chosen["fold"] or "all"
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """Return name to value from `--set name=value` words.
+
+    Raises:
+        UsageError: a word without "=".
+    """
+    wrong = [setting for setting in settings if "=" not in setting]
+    if wrong:
+        raise UsageError(f"--set takes name=value, not {', '.join(wrong)}.")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def _run(args: argparse.Namespace) -> None:
+    trainer, fold = understand_words(args.trainer_or_fold, args.tr, args.f)
+    logger.info(
+        "Understood: dataset %s, configuration %s, trainer %s, fold %s",
+        args.dataset_name_or_id,
+        args.configuration,
+        trainer,
+        fold,
+    )
+    from lgssl_nnunet.training import train
+
+    folder = train(
+        args.dataset_name_or_id,
+        args.configuration,
+        trainer,
+        fold=fold,
+        plans=args.p,
+        epochs=args.epochs,
+        iterations_per_epoch=args.iterations_per_epoch,
+        unlabeled_batch_size=args.unlabeled_batch_size,
+        seed=args.seed,
+        hyperparameters=parse_settings(args.set),
+        pretrained_weights=args.pretrained_weights,
+        continue_training=args.c,
+        only_validate=args.val,
+        validate_best=args.val_best,
+        export_probabilities=args.npz,
+        disable_checkpointing=args.disable_checkpointing,
+        num_gpus=args.num_gpus,
+        device=choose_device(args.device),
+        progress=False if args.no_pbar else None,
+    )
+    print(f"Model: {folder}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda: _run(args), args)

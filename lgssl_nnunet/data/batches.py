@@ -1,0 +1,77 @@
+"""The stream of training batches: batch k is a function of seed, rank and k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+
+from lgssl_nnunet.engine.seeding import derive_seed, isolated_randomness
+
+STREAMS = ("labeled", "unlabeled", "validation")
+
+
+class SeededBatches(SlimDataLoaderBase):
+    """Draws batch k of each stream under a seed of its own, so that only k has to be remembered to resume.
+
+    Worker w of W produces the batches w, w + W, w + 2 W, ...; batchgenerators' MultiThreadedAugmenter collects them in
+    that order, so the number of workers does not change the stream.
+
+    Args:
+        loaders: stream name (of `STREAMS`) to nnU-Net loader. The entries of "unlabeled" get that prefix in the batch.
+        seed: training seed.
+        rank: process index in distributed training.
+        start: index of the first batch.
+        num_workers: number of worker processes, 0 for none.
+    """
+
+    def __init__(
+        self, loaders: Mapping[str, nnUNetDataLoader], seed: int, rank: int = 0, start: int = 0, num_workers: int = 0
+    ) -> None:
+        first = next(iter(loaders.values()))
+        super().__init__(None, first.batch_size, num_workers)
+        self.loaders = dict(loaders)
+        self.seed = seed
+        self.rank = rank
+        self.start = start
+        self.stride = max(num_workers, 1)
+        self.produced = 0
+
+    def set_thread_id(self, thread_id: int) -> None:
+        """Remember which worker this copy belongs to; called in the worker process.
+
+        One thread each: besides the cores being taken, a forked process that uses the parent's thread pool hangs.
+        """
+        super().set_thread_id(thread_id)
+        torch.set_num_threads(1)
+
+    def __next__(self) -> dict[str, Any]:
+        index = self.start + self.thread_id + self.produced * self.stride
+        self.produced += 1
+        return self.batch(index)
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Return batch `index`."""
+        combined: dict[str, Any] = {}
+        for name, loader in self.loaders.items():
+            with isolated_randomness(derive_seed(self.seed, self.rank, STREAMS.index(name), index)):
+                part = loader.generate_train_batch()
+            if name == "unlabeled":
+                part = {"unlabeled_data": part["data"], "unlabeled_keys": part["keys"]}
+            combined.update(part)
+        return combined
+
+
+def start_workers(batches: SeededBatches, pin_memory: bool) -> SingleThreadedAugmenter | MultiThreadedAugmenter:
+    """Return an iterator over `batches`, produced in its number of worker processes."""
+    workers = batches.number_of_threads_in_multithreaded
+    if not workers:
+        return SingleThreadedAugmenter(batches, None)
+    return MultiThreadedAugmenter(
+        batches, None, workers, num_cached_per_queue=3, pin_memory=pin_memory, wait_time=0.002
+    )

@@ -1,0 +1,42 @@
+"""Preprocessed cases without a segmentation, in the form that nnU-Net's own loader reads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+
+class UnlabeledDataset(nnUNetDatasetBlosc2):
+    """Images of `<data_identifier>_unlabeled/`; the segmentation handed out is a constant that occupies no memory.
+
+    There is no segmentation file in that folder, and nothing here would open one.
+    """
+
+    def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict]:
+        """Return image (M, X, Y, Z) as a lazily read array, a constant -1 map (1, X, Y, Z), None and the properties."""
+        image_file = os.path.join(self.source_folder, f"{identifier}.b2nd")
+        image = blosc2.open(urlpath=image_file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
+        segmentation = np.broadcast_to(np.int8(-1), (1, *image.shape[1:]))
+        properties = load_pickle(os.path.join(self.source_folder, f"{identifier}.pkl"))
+        return image, segmentation, None, {**properties, "class_locations": None}
+
+    @staticmethod
+    def get_identifiers(folder: str) -> list[str]:
+        """Return the case identifiers of a folder in alphabetical order."""
+        return sorted(file.name.removesuffix(".b2nd") for file in Path(folder).glob("*.b2nd"))
+
+
+class UnlabeledLoader(nnUNetDataLoader):
+    """nnU-Net's loader for cases without annotation: uniformly random crops, no class to look for."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # With an ignore label nnU-Net looks for annotated voxels in every case; here there are none.
+        self.has_ignore = False

@@ -1,0 +1,53 @@
+"""What a method receives in a step and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LabeledBatch:
+    """Patches with a segmentation.
+
+    Attributes:
+        image: (B, M, *S), normalised intensities.
+        target: one (B, 1, *S_k) label map (or (B, R, *S_k) regions) per deep-supervision scale, finest first; a single
+            tensor without deep supervision.
+        keys: case identifier of each patch.
+    """
+
+    image: Tensor
+    target: list[Tensor] | Tensor
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class UnlabeledBatch:
+    """Patches without a segmentation: views of the same voxels, alike in geometry and different in intensity.
+
+    Attributes:
+        weak: (B, M, *S), geometric augmentation only; None if the trainer did not ask for it.
+        strong: (B, M, *S), nnU-Net's intensity augmentation on top; None if the trainer did not ask for it.
+        keys: case identifier of each patch.
+    """
+
+    weak: Tensor | None
+    strong: Tensor | None
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named part of the loss.
+
+    Attributes:
+        value: scalar tensor.
+        weight: factor in the sum; a term of weight 0 is logged and does not enter the backward pass.
+        uses_unlabeled: whether the term depends on unlabelled patches.
+    """
+
+    value: Tensor
+    weight: float = 1.0
+    uses_unlabeled: bool = False

@@ -1,0 +1,62 @@
+"""A method's hyper-parameters: a frozen dataclass, overridden by what the plans carry."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from lgssl_nnunet.errors import UsageError
+
+T = TypeVar("T")
+
+
+def override(defaults: T, values: Mapping[str, Any], owner: str) -> T:
+    """Return a copy of the dataclass `defaults` with `values` put in, converted to each field's type.
+
+    Args:
+        defaults: a frozen dataclass instance.
+        values: field name to value; strings (from the command line) are converted.
+        owner: trainer name for messages.
+
+    Raises:
+        UsageError: unknown names or values of the wrong type, all of them in one sentence.
+    """
+    fields = {field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}
+    problems, converted = [], {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            problems.append(f"{name!r} is unknown{hint}")
+            continue
+        try:
+            converted[name] = _convert(value, fields[name])
+        except ValueError:
+            problems.append(f"{name}={value!r} is not a {type(fields[name]).__name__}")
+    if problems:
+        known = ", ".join(f"{name}={value}" for name, value in fields.items()) or "none"
+        raise UsageError(f"Hyper-parameters of {owner}: {'; '.join(problems)}. It has: {known}.")
+    try:
+        return dataclasses.replace(defaults, **converted)
+    except ValueError as error:
+        raise UsageError(f"Hyper-parameters of {owner}: {error}.") from error
+
+
+def resolve(defaults: T, plans: Mapping[str, Any], owner: str) -> T:
+    """Return `defaults` with the overrides recorded in the plans (`lgssl_train --set name=value`)."""
+    training = plans.get("lgssl", {}).get("training", {})
+    return override(defaults, training.get("hyperparameters", {}), owner)
+
+
+def _convert(value: Any, default: Any) -> Any:
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "1", "yes"):
+            return True
+        if str(value).lower() in ("false", "0", "no"):
+            return False
+        raise ValueError(value)
+    return type(default)(value)

@@ -1,0 +1,52 @@
+"""The mean teacher: an exponential moving average of the student's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lgssl_nnunet.engine.schedules import ema_decay
+
+
+class EMATeacher:
+    """Frozen average of a student network, in evaluation mode.
+
+    Source: Tarvainen and Valpola, 2017; methods.md sections 1.1 and 12. The first update copies the student. Averages
+    parameters, each once (nnU-Net's networks list shared tensors under several names), and copies buffers.
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.99) -> None:
+        self.decay = decay
+        self.averaged = AveragedModel(student, avg_fn=self._average)
+        self.averaged.requires_grad_(False)
+        self.averaged.eval()
+
+    def _average(self, teacher: Tensor, student: Tensor, num_averaged: Tensor | int) -> Tensor:
+        decay = ema_decay(int(num_averaged), self.decay)
+        return teacher + (1.0 - decay) * (student.to(teacher.dtype) - teacher)
+
+    @property
+    def network(self) -> nn.Module:
+        """The teacher network."""
+        return self.averaged.module
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        """Move the teacher towards the student; call it after the optimiser's step."""
+        self.averaged.update_parameters(student)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Return the teacher's logits for `image` (B, M, *S), without gradient."""
+        return self.averaged(image)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights and update count."""
+        return self.averaged.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.averaged.load_state_dict(state)

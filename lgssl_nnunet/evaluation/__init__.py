@@ -1,0 +1,1 @@
+"""Metrics of segmentations against references, their empty-mask policy, and tables."""

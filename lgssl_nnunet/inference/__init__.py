@@ -1,0 +1,1 @@
+"""Prediction with trained models: model lookup, predictor, and the function behind lgssl_predict."""

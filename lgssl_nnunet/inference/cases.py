@@ -1,0 +1,260 @@
+"""Turns a file, a folder or lists of files into cases, and finds everything wrong with them before any work starts."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from lgssl_nnunet.errors import DatasetError
+
+Inputs = str | Path | Sequence[Sequence[str | Path]]
+
+_CHANNEL = re.compile(r"(.+)_(\d{4})")
+_IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd", ".gipl", ".png", ".bmp", ".tif", ".tiff", ".jpg", ".dcm")
+_NIFTI_ENDINGS = (".nii.gz", ".nii")
+_ITK_ENDINGS = (*_NIFTI_ENDINGS, ".nrrd", ".mha", ".gipl")
+_MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """What a model expects of its images.
+
+    Attributes:
+        channel_names: one per channel, in order.
+        file_ending: for example `.nii.gz`.
+        reader: the reader of the model's plans.
+    """
+
+    channel_names: tuple[str, ...]
+    file_ending: str
+    reader: type[BaseReaderWriter]
+
+    def channel(self, index: int) -> str:
+        """Return how a channel is called and how its files end, for messages."""
+        name = self.channel_names[index] if index < len(self.channel_names) else "not a channel of the model"
+        return f"_{index:04d}{self.file_ending} ({name})"
+
+
+@dataclass
+class _Findings:
+    """Images by case name, and the problems met on the way."""
+
+    files: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def collect_images(inputs: Inputs, rules: ImageRules) -> dict[str, tuple[Path, ...]]:
+    """Return the image files of each case, in channel order, by case name and sorted by it.
+
+    Args:
+        inputs: one image file (single-channel models), a folder of `<case>_<channel>` files, or one list of
+            channel files per case.
+        rules: what the model expects.
+
+    Raises:
+        DatasetError: all problems together: nothing to predict, wrong file ending, missing or surplus channels,
+            files that cannot be read.
+    """
+    if isinstance(inputs, (str, Path)):
+        source = Path(inputs).expanduser()
+        if not source.exists():
+            raise DatasetError(f"The input {source} does not exist.")
+        found = _from_file(source, rules) if source.is_file() else _from_folder(source, rules)
+    else:
+        found = _from_lists(inputs, rules)
+    for name, files in found.files.items():
+        found.problems += _image_problems(name, files, rules)
+    if found.problems:
+        shown = found.problems[:_MAX_PROBLEMS]
+        more = len(found.problems) - len(shown)
+        tail = f"\n  ... and {more} more" if more else ""
+        raise DatasetError("The input does not fit the model:\n" + "\n".join(f"  {p}" for p in shown) + tail)
+    return dict(sorted(found.files.items()))
+
+
+def case_and_channel(file: Path, file_ending: str) -> tuple[str, int | None]:
+    """Split `liver_1_0000.nii.gz` into `liver_1` and 0; the channel is None where the name has none."""
+    stem = file.name.removesuffix(file_ending)
+    match = _CHANNEL.fullmatch(stem)
+    return (match.group(1), int(match.group(2))) if match else (stem, None)
+
+
+def require_finite(file: Path) -> None:
+    """Raise if a NIfTI file holds NaN or infinite voxels: ITK reads them as 0 without a word.
+
+    Raises:
+        DatasetError: with the number of such voxels.
+    """
+    if not file.name.endswith(_NIFTI_ENDINGS):
+        return
+    image = nibabel.load(file)
+    if image.get_data_dtype().kind != "f":
+        return
+    voxels = np.asanyarray(image.dataobj)
+    wrong = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
+    if wrong:
+        raise DatasetError(f"{file}: {wrong} voxels are NaN or infinite; replace them, for example with background.")
+
+
+def _from_file(file: Path, rules: ImageRules) -> _Findings:
+    if not file.name.endswith(rules.file_ending):
+        return _Findings(problems=[_wrong_ending(file, rules)])
+    name, channel = case_and_channel(file, rules.file_ending)
+    if channel not in (None, 0):
+        name = file.name.removesuffix(rules.file_ending)
+    if len(rules.channel_names) > 1 and _stored_channels(file, rules) != len(rules.channel_names):
+        missing = [rules.channel(i) for i in range(len(rules.channel_names)) if i != (channel or 0)]
+        problem = f"{file}: one file has one channel, and the model also needs {', '.join(missing)}; give the folder"
+        return _Findings(problems=[problem])
+    return _Findings(files={name: (file,)})
+
+
+def _from_folder(folder: Path, rules: ImageRules) -> _Findings:
+    images = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    fitting = [file for file in images if file.name.endswith(rules.file_ending)]
+    others = [file for file in images if file not in fitting and file.name.lower().endswith(_IMAGE_ENDINGS)]
+    found = _Findings(problems=[_wrong_ending(file, rules) for file in others])
+    if not fitting and not others:
+        found.problems.append(f"{folder}: no file ends in {rules.file_ending}")
+    cases: dict[str, dict[int, Path]] = {}
+    for file in fitting:
+        name, channel = case_and_channel(file, rules.file_ending)
+        if channel is None:
+            expected = f"{name}_0000{rules.file_ending}"
+            found.problems.append(f"{file.name}: the name has no channel number; rename it, for example to {expected}")
+        else:
+            cases.setdefault(name, {})[channel] = file
+    for name, channels in cases.items():
+        _add_channels(found, name, channels, rules)
+    return found
+
+
+def _add_channels(found: _Findings, name: str, channels: dict[int, Path], rules: ImageRules) -> None:
+    wanted = range(len(rules.channel_names))
+    files = tuple(channels[index] for index in sorted(channels))
+    missing = [rules.channel(index) for index in wanted if index not in channels]
+    surplus = [rules.channel(index) for index in sorted(channels) if index not in wanted]
+    if missing and 0 in channels and sum(_stored_channels(file, rules) or 1 for file in files) == len(wanted):
+        missing = []  # colour images hold all their channels in one file
+    if missing:
+        found.problems.append(f"{name}: channel {', '.join(missing)} is missing")
+    if surplus:
+        found.problems.append(f"{name}: the model has {len(wanted)} channel(s), so {', '.join(surplus)} is too many")
+    if not missing and not surplus:
+        found.files[name] = files
+
+
+def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Findings:
+    found = _Findings()
+    if not lists:
+        found.problems.append("the list of cases is empty")
+    for entry in lists:
+        files = tuple(Path(file).expanduser() for file in entry)
+        problems = [f"{file} does not exist" for file in files if not file.is_file()]
+        problems += [_wrong_ending(file, rules) for file in files if not file.name.endswith(rules.file_ending)]
+        name = case_and_channel(files[0], rules.file_ending)[0] if files else "(empty list)"
+        if not problems and sum(_stored_channels(file, rules) or 1 for file in files) != len(rules.channel_names):
+            wanted = ", ".join(rules.channel_names)
+            problems.append(f"{name}: {len(files)} file(s) given, and the model needs the channels {wanted}")
+        if name in found.files:
+            problems.append(f"{name}: two cases have this name, so one segmentation would overwrite the other")
+        found.problems += problems
+        if not problems:
+            found.files[name] = files
+    return found
+
+
+def _wrong_ending(file: Path, rules: ImageRules) -> str:
+    return f"{file.name}: the model reads {rules.file_ending} files only; convert it or move it away"
+
+
+def _stored_channels(file: Path, rules: ImageRules) -> int | None:
+    """Return how many channels a file holds, None if it cannot be read."""
+    try:
+        return _channels_and_size(file, rules)[0]
+    except Exception:
+        return None
+
+
+def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list[str]:
+    """Return what is wrong with the files of one case, from their headers and sizes."""
+    problems, sizes, channels = [], {}, 0
+    for file in files:
+        try:
+            stored, size = _channels_and_size(file, rules)
+            _check_complete(file)
+        except Exception as error:
+            problems.append(f"{file}: cannot be read ({' '.join(str(error).split())[:200]})")
+            continue
+        channels += stored
+        sizes[file.name] = size
+    if problems:
+        return problems
+    if len(set(sizes.values())) > 1:
+        shapes = ", ".join(f"{file} {'x'.join(map(str, size))}" for file, size in sizes.items())
+        return [f"{name}: the channels differ in shape: {shapes}"]
+    if channels != len(rules.channel_names):
+        return [f"{name}: the files hold {channels} channels, and the model needs {len(rules.channel_names)}"]
+    return []
+
+
+def _channels_and_size(file: Path, rules: ImageRules) -> tuple[int, tuple[int, ...]]:
+    """Return the number of channels in a file and its size in voxels, from the header where the format has one."""
+    if not file.name.endswith(_ITK_ENDINGS):
+        shape = rules.reader().read_images([str(file)])[0].shape
+        return int(shape[0]), tuple(int(n) for n in shape[1:])
+    if file.name.endswith(_NIFTI_ENDINGS) and not issubclass(rules.reader, SimpleITKIO):
+        size = tuple(int(n) for n in nibabel.load(file).shape)
+    else:
+        header = sitk.ImageFileReader()
+        header.SetFileName(str(file))
+        header.ReadImageInformation()
+        size = tuple(int(n) for n in header.GetSize())
+        if header.GetNumberOfComponents() > 1:
+            raise DatasetError(f"each voxel is a vector of {header.GetNumberOfComponents()} numbers; save one per file")
+    if len(size) > 3:
+        raise DatasetError(f"the image has {len(size)} dimensions; save each channel as a file of its own")
+    return 1, size
+
+
+def _check_complete(file: Path) -> None:
+    """Raise if a NIfTI file ends before its last voxel; cheap for whole files.
+
+    A gzip file ends with its uncompressed length, so only a file in which that differs is unpacked.
+    """
+    if not file.name.endswith(_NIFTI_ENDINGS):
+        return
+    header = nibabel.load(file).header
+    expected = int(header.get_data_offset()) + int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
+    if file.suffix != ".gz":
+        length = file.stat().st_size
+    else:
+        with file.open("rb") as stream:
+            stream.seek(-4, 2)
+            if int.from_bytes(stream.read(4), "little") == expected % 2**32:
+                return
+        length = _unpacked_length(file)
+    if length < expected:
+        raise DatasetError(f"truncated: {length} of {expected} bytes are there")
+
+
+def _unpacked_length(file: Path) -> int:
+    length = 0
+    try:
+        with gzip.open(file, "rb") as stream:
+            while block := stream.read(1 << 22):
+                length += len(block)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        pass
+    return length

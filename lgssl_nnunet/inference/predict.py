@@ -1,0 +1,288 @@
+"""Segment images with a trained model: the function behind `lgssl_predict`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from lgssl_nnunet.errors import LGSSLError, UsageError
+from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images
+from lgssl_nnunet.inference.device import choose_device
+from lgssl_nnunet.inference.models import (
+    FINAL_CHECKPOINT,
+    ChosenModel,
+    choose_model,
+    find_models,
+    model_from_folder,
+    read_model_json,
+)
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, check_precision
+from lgssl_nnunet.paths import data_folders
+from lgssl_nnunet.plans.files import read_json_if_valid, write_json
+
+logger = logging.getLogger(__name__)
+
+RECORD = "lgssl_prediction.json"
+DEFAULT_WORKERS = min(3, os.cpu_count() or 1)
+_VERSIONS = ("lgssl_nnunet", "nnunetv2", "torch", "numpy", "SimpleITK")
+
+
+class PredictionError(LGSSLError):
+    """Some cases could not be segmented; the message names each with its reason."""
+
+    exit_code = 1
+
+
+def predict(
+    input: Inputs,
+    output: str | Path,
+    *,
+    dataset: int | str | None = None,
+    configuration: str | None = None,
+    folds: Sequence[int | str] | None = None,
+    plans: str | None = None,
+    trainer: str | None = None,
+    checkpoint: str = FINAL_CHECKPOINT,
+    model_folder: str | Path | None = None,
+    precision: str = "stock",
+    step_size: float = 0.5,
+    disable_tta: bool = False,
+    save_probabilities: bool = False,
+    continue_prediction: bool = False,
+    overwrite: bool = False,
+    num_processes_preprocessing: int = DEFAULT_WORKERS,
+    num_processes_segmentation_export: int = DEFAULT_WORKERS,
+    num_parts: int = 1,
+    part_id: int = 0,
+    device: str | torch.device | None = None,
+    not_on_device: bool = False,
+    prev_stage_predictions: str | Path | None = None,
+    verbose: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Segment images with a trained model and write the segmentations in the geometry of the images.
+
+    The arguments carry the names and meanings of nnU-Net's command. With worker processes (the default for more
+    than one image) a script needs the usual `if __name__ == "__main__":` around its code.
+
+    Args:
+        input: an image file, a folder of `<case>_<channel><ending>` files, or a list of channel files per case.
+        output: folder for `<case><ending>`; made if missing. It also gets dataset.json, plans.json,
+            predict_from_raw_data_args.json (as nnU-Net leaves them) and lgssl_prediction.json (what was used).
+        dataset: id or name; needed only if models of several datasets are there.
+        configuration: for example 3d_fullres.
+        folds: the folds to average; by default all finished ones, or `all` alone where it is there.
+        plans: plans identifier.
+        trainer: trainer class name.
+        checkpoint: file name of the checkpoint.
+        model_folder: use this model folder instead of looking in nnUNet_results.
+        precision: "stock" (to the voxel what nnUNetv2_predict writes), "fp32" or "bf16".
+        step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
+        disable_tta: do not average over mirrored images; up to 8 times faster, a little worse.
+        save_probabilities: also write `<case>.npz` and `<case>.pkl`, for nnUNetv2_ensemble.
+        continue_prediction: skip cases that `output` already holds.
+        overwrite: replace what `output` already holds.
+        num_processes_preprocessing: worker processes that read and resample images.
+        num_processes_segmentation_export: worker processes that resample and write; 0 and 0: all in this process.
+        num_parts: split the cases over this many calls.
+        part_id: which part this call is, from 0.
+        device: cpu, cuda, cuda:1 or mps; by default the best there is.
+        not_on_device: keep the logits in RAM instead of GPU memory.
+        prev_stage_predictions: refused; cascades are not supported.
+        verbose: let nnU-Net print what it does.
+        progress: show a bar per image (only on a terminal).
+
+    Returns:
+        The segmentation of each case of this part, in alphabetical order.
+
+    Raises:
+        UsageError: arguments that do not fit, several datasets to choose from, or an output that would be lost.
+        CheckpointError: no finished model, or a damaged one.
+        DatasetError: images that do not fit the model; all problems together.
+        PredictionError: cases that failed, after all others were written.
+    """
+    _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
+    device = choose_device(device) if device is None or isinstance(device, str) else device
+    check_precision(precision, device)
+    chosen = _choose(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
+    logger.info("Model: %s", chosen)
+    output = Path(output).expanduser()
+    cases = _cases(input, output, chosen)[part_id::num_parts]
+    predictor = LGSSLPredictor(
+        device,
+        precision=precision,
+        step_size=step_size,
+        use_mirroring=not disable_tta,
+        perform_everything_on_device=not not_on_device,
+        verbose=verbose,
+        progress=progress and sys.stderr.isatty(),
+    )
+    predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint)
+    records = _records(chosen, predictor)
+    if not overwrite:
+        _refuse_lost_output(output, cases, records, continue_prediction)
+    todo = [case for case in cases if not (continue_prediction and _is_done(case, save_probabilities))]
+    logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
+    options = {
+        "save_probabilities": save_probabilities,
+        "num_processes_preprocessing": num_processes_preprocessing,
+        "num_processes_segmentation_export": num_processes_segmentation_export,
+    }
+    for name, record in {**records, "predict_from_raw_data_args.json": _arguments(todo, output, options)}.items():
+        write_json(record, output / name)
+    _predict_all(predictor, todo, options)
+    logger.info("Segmentations are in %s", output)
+    return [case.output for case in cases]
+
+
+def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what nnU-Net writes into predict_from_raw_data_args.json, under its names."""
+    return {
+        "list_of_lists_or_source_folder": [[str(file) for file in case.files] for case in cases],
+        "output_folder_or_list_of_truncated_output_files": str(output),
+        **options,
+        "overwrite": True,
+        "folder_with_segs_from_prev_stage": None,
+        "num_parts": 1,
+        "part_id": 0,
+    }
+
+
+def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], options: dict[str, Any]) -> None:
+    """Segment the cases, one alone without worker processes, and raise at the end if some failed."""
+    if len(cases) == 1:
+        options = {**options, "num_processes_preprocessing": 0, "num_processes_segmentation_export": 0}
+    failures = predictor.predict_files(cases, **options)
+    if failures:
+        listing = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
+        written = len(cases) - len(failures)
+        raise PredictionError(f"{len(failures)} case(s) failed, {written} are written:\n{listing}")
+
+
+def _check_arguments(
+    step_size: float, num_parts: int, part_id: int, prev_stage_predictions: str | Path | None, both: bool
+) -> None:
+    if prev_stage_predictions is not None:
+        raise UsageError("-prev_stage_predictions belongs to cascades, which lgssl_predict does not run; leave it out.")
+    if not 0 < step_size <= 1:
+        raise UsageError(f"-step_size {step_size}: it is a fraction of the patch, over 0 and at most 1; 0.5 is usual.")
+    if num_parts < 1 or not 0 <= part_id < num_parts:
+        raise UsageError(f"-part_id {part_id} must be from 0 to {max(num_parts - 1, 0)} with -num_parts {num_parts}.")
+    if both:
+        raise UsageError("--continue_prediction keeps existing segmentations and --overwrite replaces them; give one.")
+
+
+def _choose(
+    model_folder: str | Path | None,
+    dataset: int | str | None,
+    trainer: str | None,
+    plans: str | None,
+    configuration: str | None,
+    folds: Sequence[int | str] | None,
+    checkpoint: str,
+) -> ChosenModel:
+    """Return the model of `model_folder`, or the one in nnUNet_results that fits the other arguments."""
+    if model_folder is None:
+        return choose_model(
+            find_models(data_folders()["nnUNet_results"].path),
+            dataset=dataset,
+            trainer=trainer,
+            plans=plans,
+            configuration=configuration,
+            folds=folds,
+            checkpoint=checkpoint,
+        )
+    if any(part is not None for part in (dataset, trainer, plans, configuration)):
+        raise UsageError("-m names the model folder, so leave out -d, -tr, -p and -c.")
+    return model_from_folder(model_folder, folds, checkpoint)
+
+
+def _cases(inputs: Inputs, output: Path, chosen: ChosenModel) -> list[Case]:
+    """Return the cases of the input in alphabetical order, checked against the model and the output folder."""
+    dataset_json = read_model_json(chosen.folder, "dataset.json")
+    reader = PlansManager(read_model_json(chosen.folder, "plans.json")).image_reader_writer_class
+    ending = dataset_json["file_ending"]
+    if output.is_file() or output.name.endswith(ending):
+        raise UsageError(f"-o {output} is a file; give the folder that the segmentations go to.")
+    channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+    names = tuple(channels[key] for key in sorted(channels, key=int))
+    images = collect_images(inputs, ImageRules(names, ending, reader))
+    if output.resolve() in {file.parent.resolve() for files in images.values() for file in files}:
+        raise UsageError(f"-o {output} is the folder of the images; choose another, so that no image is overwritten.")
+    return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]
+
+
+def _is_done(case: Case, save_probabilities: bool) -> bool:
+    probabilities = case.output.with_name(f"{case.name}.npz")
+    return case.output.is_file() and (probabilities.is_file() or not save_probabilities)
+
+
+def _records(chosen: ChosenModel, predictor: LGSSLPredictor) -> dict[str, dict[str, Any]]:
+    """Return the files that go beside the segmentations: nnU-Net's two, and what made the segmentations.
+
+    All of `model` and `settings` decides voxels, the rest is for people.
+    """
+    made_by = {
+        "model": {
+            "folder": str(chosen.folder.resolve()),
+            "dataset": chosen.model.dataset,
+            "trainer": predictor.trainer_name,
+            "plans": predictor.plans_manager.plans_name,
+            "configuration": chosen.model.configuration,
+            "folds": list(chosen.folds),
+            "checkpoint": chosen.checkpoint,
+            "checkpoint_written": _utc(chosen.model.modified(chosen.checkpoint)),
+        },
+        "settings": {
+            "precision": predictor.precision,
+            "step_size": predictor.tile_step_size,
+            "mirroring_axes": list(predictor.allowed_mirroring_axes or ()) if predictor.use_mirroring else [],
+        },
+        "chosen_because": chosen.reason,
+        "device": str(predictor.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+    }
+    return {"dataset.json": predictor.dataset_json, "plans.json": predictor.plans_manager.plans, RECORD: made_by}
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, tz=timezone.utc).isoformat(timespec="seconds")
+
+
+def _refuse_lost_output(
+    output: Path, cases: Sequence[Case], records: dict[str, dict], continue_prediction: bool
+) -> None:
+    """Refuse to write where segmentations of these cases, or results of another model, would be lost or mixed in.
+
+    Raises:
+        UsageError: with the ways out.
+    """
+    for name, record in records.items():
+        file = output / name
+        if file.exists() and _identity(read_json_if_valid(file) or {}) != _identity(record):
+            raise UsageError(
+                f"{file} comes from another dataset, model or setting; choose another output folder, "
+                "or replace what is there with --overwrite."
+            )
+    existing = [case.output.name for case in cases if case.output.exists()]
+    if existing and not continue_prediction:
+        shown = ", ".join(existing[:3]) + (f" and {len(existing) - 3} more" if len(existing) > 3 else "")
+        raise UsageError(
+            f"{output} already holds {shown}: add --continue_prediction to keep them and predict the rest, "
+            "--overwrite to replace them, or choose another output folder."
+        )
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a record that must agree; all of it, except that our own also names device and versions."""
+    return {key: record.get(key) for key in ("model", "settings")} if "settings" in record else record

@@ -1,0 +1,401 @@
+"""nnU-Net's sliding-window predictor with our trainers, a choice of arithmetic, and cases that fail one by one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
+from lgssl_nnunet.errors import CheckpointError, DatasetError, UsageError
+from lgssl_nnunet.inference.cases import require_finite
+from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, read_model_json
+from lgssl_nnunet.registry import find_trainer
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("stock", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to segment.
+
+    Attributes:
+        name: the case id, which names the segmentation.
+        files: the image files, one per channel, in channel order.
+        output: the segmentation's path.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    output: Path
+
+
+class LGSSLPredictor(nnUNetPredictor):
+    """nnU-Net's predictor; with precision "stock" its arithmetic is untouched.
+
+    Args:
+        device: where the network runs.
+        precision: "stock" (nnU-Net's: fp16 accumulation, fp16 autocast on CUDA), "fp32" (no autocast, fp32
+            accumulation) or "bf16" (bfloat16 autocast, fp32 accumulation).
+        step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
+        use_mirroring: average over mirrored images, along the axes the checkpoint allows.
+        perform_everything_on_device: keep image and logits on the GPU (CUDA only).
+        verbose: let nnU-Net print what it does.
+        progress: show a bar over the windows.
+
+    Raises:
+        UsageError: the precision is unknown or the device does not compute it natively.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        precision: str = "stock",
+        step_size: float = 0.5,
+        use_mirroring: bool = True,
+        perform_everything_on_device: bool = True,
+        verbose: bool = False,
+        progress: bool = True,
+    ):
+        check_precision(precision, device)
+        self.precision = precision
+        # nnU-Net announces on stdout that CPUs keep the logits in RAM, which nobody asked it to do otherwise.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            super().__init__(
+                tile_step_size=step_size,
+                use_mirroring=use_mirroring,
+                perform_everything_on_device=perform_everything_on_device,
+                device=device,
+                verbose=verbose,
+                verbose_preprocessing=verbose,
+                allow_tqdm=progress,
+            )
+
+    def load_model(
+        self, folder: str | Path, folds: Sequence[int | str], checkpoint_name: str = FINAL_CHECKPOINT
+    ) -> None:
+        """Build the network of a model folder and load the weights of its folds, whose logits are averaged.
+
+        Args:
+            folder: a model folder of nnU-Net's layout.
+            folds: the folds to use.
+            checkpoint_name: the checkpoint's file name.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the weights do not fit the network.
+            UsageError: the trainer is unknown, or the configuration is a cascade.
+        """
+        folder = Path(folder)
+        dataset_json = read_model_json(folder, "dataset.json")
+        plans_manager = PlansManager(read_model_json(folder, "plans.json"))
+        checkpoints = [_read_checkpoint(folder / f"fold_{fold}" / checkpoint_name) for fold in folds]
+        trainer_name = checkpoints[0]["trainer_name"]
+        configuration_manager = _configuration(plans_manager, checkpoints[0]["init_args"]["configuration"], folder)
+        network = find_trainer(trainer_name).build_network_architecture(
+            plans_manager,
+            configuration_manager,
+            determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
+            plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+        parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
+        for fold, weights in zip(folds, parameters, strict=True):
+            _load_weights(network, weights, folder / f"fold_{fold}" / checkpoint_name)
+        self.manual_initialization(
+            network,
+            plans_manager,
+            configuration_manager,
+            parameters,
+            dataset_json,
+            trainer_name,
+            checkpoints[0].get("inference_allowed_mirroring_axes"),
+        )
+
+    def manual_initialization(
+        self,
+        network: nn.Module,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        parameters: list[dict[str, Tensor]] | None,
+        dataset_json: dict,
+        trainer_name: str,
+        inference_allowed_mirroring_axes: Sequence[int] | None,
+    ) -> None:
+        """Take over a network as nnU-Net does; no axis to mirror means no mirroring instead of an error."""
+        if self.precision != "stock":
+            network.to(memory_format=self._memory_format(configuration_manager))
+        super().manual_initialization(
+            network,
+            plans_manager,
+            configuration_manager,
+            parameters,
+            dataset_json,
+            trainer_name,
+            tuple(inference_allowed_mirroring_axes) if inference_allowed_mirroring_axes else None,
+        )
+
+    def predict_files(
+        self,
+        cases: Sequence[Case],
+        *,
+        save_probabilities: bool = False,
+        num_processes_preprocessing: int = 0,
+        num_processes_segmentation_export: int = 0,
+    ) -> dict[str, str]:
+        """Segment cases and write the files; a case that fails does not stop the others.
+
+        Each file is written under another name first and then moved, so that a killed run leaves no half file.
+
+        Args:
+            cases: what to segment and where to write.
+            save_probabilities: also write `<case>.npz` and `<case>.pkl`, as nnU-Net does for ensembles.
+            num_processes_preprocessing: worker processes that read and resample; 0 does it in this process.
+            num_processes_segmentation_export: worker processes that resample back and write; 0 does it here.
+
+        Returns:
+            The problem of each case that failed, by case name; empty when all are written.
+        """
+        failures: dict[str, str] = {}
+        waiting: deque[tuple[Case, Future]] = deque()
+        with _executor(num_processes_preprocessing) as readers, _executor(num_processes_segmentation_export) as writers:
+            for case, future in self._preprocessed(cases, readers, 1 + num_processes_preprocessing):
+                # Finished logits are the largest arrays of all: at most one per writer may wait in memory.
+                while len(waiting) > num_processes_segmentation_export:
+                    _collect(*waiting.popleft(), failures)
+                logger.info("Predicting %s (%d of %d)", case.name, cases.index(case) + 1, len(cases))
+                job = _attempt(case, lambda ready=future: self._logits(ready), failures)
+                if job is not None:
+                    waiting.append((case, _submit(writers, _export, self, *job, case, save_probabilities)))
+            for item in waiting:
+                _collect(*item, failures)
+        compute_gaussian.cache_clear()
+        return failures
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave network and weights behind when a worker process gets this object: it only writes files."""
+        return {**self.__dict__, "network": None, "list_of_parameters": None}
+
+    def _preprocessed(
+        self, cases: Sequence[Case], readers: Executor, ahead: int
+    ) -> Iterator[tuple[Case, Future[tuple[np.ndarray, dict]]]]:
+        """Yield cases in order with their preprocessing under way, at most `ahead` of them at a time."""
+        waiting: deque[tuple[Case, Future]] = deque()
+        for case in cases:
+            waiting.append((case, _submit(readers, _preprocess, self, case)))
+            if len(waiting) >= ahead:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _logits(self, preprocessed: Future[tuple[np.ndarray, dict]]) -> tuple[np.ndarray, dict]:
+        """Return logits (C, X, Y, Z) of a preprocessed case and the properties of its image."""
+        data, properties = preprocessed.result()
+        return self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy(), properties
+
+    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
+        """Return the logits (B, C, *S) of windows (B, M, *S), averaged over mirrored copies; fp32 unless "stock"."""
+        if self.precision == "stock":
+            return super()._internal_maybe_mirror_and_predict(x)
+        axes = [axis + 2 for axis in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
+        mirrored = [flip for size in range(len(axes) + 1) for flip in itertools.combinations(axes, size)]
+        layout = self._memory_format(self.configuration_manager)
+        total = 0
+        with torch.inference_mode(), self._autocast():
+            for flip in mirrored:
+                logits = self.network(torch.flip(x, flip).contiguous(memory_format=layout))
+                total = total + torch.flip(logits.float(), flip)
+        return total / len(mirrored)
+
+    def _internal_predict_sliding_window_return_logits(
+        self, data: Tensor, slicers: Sequence[tuple], do_on_device: bool = True
+    ) -> Tensor:
+        """Return logits (C, X, Y, Z) of a padded image (M, X, Y, Z), accumulated in fp32 unless "stock"."""
+        if self.precision == "stock":
+            return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
+        device = self.device if do_on_device else torch.device("cpu")
+        window = compute_gaussian(tuple(self.configuration_manager.patch_size), dtype=torch.float32, device=device)
+        logits = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
+        weight = torch.zeros(data.shape[1:], device=device)
+        with torch.inference_mode():
+            for position in tqdm(slicers, disable=not self.allow_tqdm):
+                patch = data[position][None].to(self.device)
+                logits[position] += self._internal_maybe_mirror_and_predict(patch)[0].to(device) * window
+                weight[position[1:]] += window
+        return logits.div_(weight)
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        # nnU-Net opens an fp16 autocast around the sliding window on CUDA; fp32 closes it again.
+        return torch.autocast("cuda", enabled=False) if self.device.type == "cuda" else nullcontext()
+
+    def _memory_format(self, configuration_manager: ConfigurationManager) -> torch.memory_format:
+        return preferred_memory_format(self.device, len(configuration_manager.patch_size))
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that is unknown or that `device` would only emulate.
+
+    Raises:
+        UsageError: with the precisions that work.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"--precision {precision} is unknown; use {', '.join(PRECISIONS)}.")
+    if precision != "bf16":
+        return
+    native = {
+        "cpu": cpu_has_bf16,
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+    }.get(device.type, lambda: False)
+    if not native():
+        raise UsageError(
+            f"--precision bf16: {device} has no bfloat16 arithmetic (emulated it is many times slower than fp32); "
+            "use --precision stock or fp32."
+        )
+
+
+def _read_checkpoint(file: Path) -> dict[str, Any]:
+    """Return a checkpoint with the four entries that prediction needs."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; choose folds with -f or a checkpoint with -chk.")
+    try:
+        # nnU-Net's checkpoints hold numpy objects, which torch's restricted reader refuses.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+        missing = [key for key in ("trainer_name", "init_args", "network_weights") if key not in checkpoint]
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or no checkpoint of nnU-Net.") from error
+    if missing:
+        raise CheckpointError(f"{file} has no {' and no '.join(missing)}; it is no checkpoint of nnU-Net.")
+    return checkpoint
+
+
+def _load_weights(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The weights in {file} do not fit the network that its trainer builds from plans.json: the folder mixes "
+            f"two models, or the versions differ from those of the training (lgssl_info shows yours). {error}"
+        ) from error
+
+
+def _configuration(plans_manager: PlansManager, name: str, folder: Path) -> ConfigurationManager:
+    if name not in plans_manager.available_configurations:
+        raise CheckpointError(
+            f"{folder / 'plans.json'} has no configuration {name!r}, which the checkpoint was trained with."
+        )
+    configuration = plans_manager.get_configuration(name)
+    if configuration.previous_stage_name is not None:
+        raise UsageError(
+            f"{name} is the second stage of a cascade, which lgssl_predict does not run; predict with another "
+            "configuration (-c), or with nnUNetv2_predict."
+        )
+    return configuration
+
+
+def _preprocess(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict]:
+    """Read and preprocess one case; runs in a worker process or in this one."""
+    for file in case.files:
+        require_finite(file)
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
+    data, _, properties = preprocessor.run_case(
+        [str(file) for file in case.files],
+        None,
+        predictor.plans_manager,
+        predictor.configuration_manager,
+        predictor.dataset_json,
+    )
+    if not np.isfinite(data).all():
+        raise DatasetError(f"{case.files[0]}: preprocessing gives NaN or infinite voxels; look for them in the image.")
+    return np.ascontiguousarray(data, dtype=np.float32), properties
+
+
+def _export(
+    predictor: LGSSLPredictor, logits: np.ndarray, properties: dict, case: Case, save_probabilities: bool
+) -> None:
+    """Resample logits to the image's grid and write the files; runs in a worker process or in this one."""
+    case.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=case.output.parent))
+    try:
+        export_prediction_from_logits(
+            logits,
+            properties,
+            predictor.configuration_manager,
+            predictor.plans_manager,
+            predictor.dataset_json,
+            str(partial / case.name),
+            save_probabilities,
+        )
+        # The segmentation moves last: where it exists, --continue_prediction skips the case.
+        written = sorted(partial.iterdir(), key=lambda file: file.name == case.output.name)
+        for file in written:
+            os.replace(file, case.output.with_name(file.name))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _InProcess(Executor):
+    """Executor that does the work at once, in this process."""
+
+    def submit(self, function: Callable, /, *arguments: Any, **options: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*arguments, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _executor(workers: int) -> Executor:
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 0 else _InProcess()
+
+
+def _submit(executor: Executor, function: Callable, *arguments: Any) -> Future:
+    """Return the future of a call; once a worker process has died, of a call that failed for that reason."""
+    try:
+        return executor.submit(function, *arguments)
+    except BrokenProcessPool as error:
+        future: Future = Future()
+        future.set_exception(error)
+        return future
+
+
+def _collect(case: Case, future: Future, failures: dict[str, str]) -> None:
+    _attempt(case, future.result, failures)
+
+
+def _attempt(case: Case, work: Callable[[], Any], failures: dict[str, str]) -> Any:
+    """Return what `work` returns; a failure is noted under the case's name and None returned."""
+    try:
+        return work()
+    except Exception as error:
+        reason = str(error) if isinstance(error, DatasetError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        if isinstance(error, BrokenProcessPool):
+            reason = "a worker process died, most likely for want of memory; use fewer with -npp and -nps, or 0"
+        failures[case.name] = reason
+        logger.error("Case %s failed: %s", case.name, reason)
+        logger.debug("Case %s failed here:", case.name, exc_info=True)
+        return None

@@ -1,0 +1,1 @@
+"""Networks built from the plans: the two-decoder and the language-guided U-Net."""

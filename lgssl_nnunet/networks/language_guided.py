@@ -1,0 +1,208 @@
+"""The language-guided U-Net: the plans' encoder, two decoders, and text prompts fused in at the bottleneck."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
+from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+from lgssl_nnunet.errors import PlansError, UsageError
+from lgssl_nnunet.networks.tvsf import TextVisionSelectionFusion
+from lgssl_nnunet.networks.two_decoder import interpolating_decoder
+from lgssl_nnunet.text.adapter import AttentionPrompts, FixedVolumePrompts, prompt_embeddings
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+PROMPT_MODES = ("fixed_volume", "attention", "none")
+DROPOUTS = {2: nn.Dropout2d, 3: nn.Dropout3d}
+
+Logits = torch.Tensor | list[torch.Tensor]
+
+
+class LanguageGuidedUNet(nn.Module):
+    """One encoder, two decoders that upsample differently, and optionally prompts fused in at the bottleneck.
+
+    Encoder and first decoder are those of the plans' network and keep their keys (`encoder.*`, `decoder.*`), so a stock
+    checkpoint's weights fit them. Called with an image alone, it predicts with the first decoder.
+
+    Args:
+        network: a network built from the plans, with `.encoder` and `.decoder`; its modules are taken over.
+        second_decoder: reads the same skips, see `interpolating_decoder`.
+        prompts: makes the prompt volume, `forward(v, labeled_rows) -> tau`; None: no text.
+        fusion: fuses it in; given if and only if `prompts` is.
+        dropout: rate of channel dropout on the fused bottleneck, drawn for each decoder by itself, in training only.
+
+    Source: LG-SSL (2025); methods.md 2.3, 2.7 #15-#19.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        second_decoder: UNetDecoder,
+        prompts: FixedVolumePrompts | AttentionPrompts | None = None,
+        fusion: TextVisionSelectionFusion | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if (prompts is None) != (fusion is None):
+            raise ValueError("prompts and fusion belong together: give both or neither.")
+        self.encoder = network.encoder
+        self.decoder = network.decoder
+        self.second_decoder = second_decoder
+        self.prompts = prompts
+        self.fusion = fusion
+        self.dropout = DROPOUTS[convert_conv_op_to_dim(self.encoder.conv_op)](dropout)
+
+    def forward(self, x: torch.Tensor, labeled_rows: int | None = None) -> Logits | tuple[Logits, Logits]:
+        """Predict, or run both decoders for a training step.
+
+        Args:
+            x: images `(B, M, X, Y, Z)` (or 2D), labelled ones first.
+            labeled_rows: how many of them are labelled; the prompt feature gets no gradient from the others. None:
+                prediction.
+
+        Returns:
+            Without `labeled_rows` the first decoder's logits `(B, C, X, Y, Z)`, with it those of both decoders as a
+            pair. A decoder with deep supervision on gives a list of logits instead, full resolution first.
+        """
+        skips = self.encoder(x)
+        if self.fusion is not None:
+            fused, _ = self.fusion(skips[-1], self.prompts(skips[-1], labeled_rows))
+            skips = [*skips[:-1], fused]
+        first = self.decoder(self._perturb(skips))
+        if labeled_rows is None:
+            return first
+        return first, self.second_decoder(self._perturb(skips))
+
+    def _perturb(self, skips: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Draw dropout on the bottleneck anew, leaving the other skips alone."""
+        return [*skips[:-1], self.dropout(skips[-1])]
+
+    def set_deep_supervision(self, enabled: bool) -> None:
+        """Switch deep supervision of both decoders."""
+        self.decoder.deep_supervision = enabled
+        self.second_decoder.deep_supervision = enabled
+
+    @torch.no_grad()
+    def selection(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the selection map of images, for inspection.
+
+        Args:
+            x: images `(B, M, X, Y, Z)` (or 2D).
+
+        Returns:
+            `(B, 1, x, y, z)` at the resolution of the bottleneck, values in [0, 1].
+
+        Raises:
+            ValueError: the network has no prompts.
+        """
+        if self.fusion is None:
+            raise ValueError("A network with prompt_mode 'none' has no selection map.")
+        bottleneck = self.encoder(x)[-1]
+        return self.fusion(bottleneck, self.prompts(bottleneck))[1]
+
+
+def build_language_guided_unet(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
+    *,
+    prompt_mode: str = "attention",
+    prompt_source: str = "text",
+    prompt_seed: int = 0,
+    stop_gradient: bool = True,
+    residual_gate: bool = True,
+    affine_norm: bool = True,
+    dropout: float = 0.0,
+    faithful_decoder: bool = False,
+) -> LanguageGuidedUNet:
+    """Build a `LanguageGuidedUNet` from plans; needs no text encoder, the embeddings are in the plans.
+
+    The plans' network is drawn first: with the same torch seed, encoder and first decoder start like a stock network.
+
+    Args:
+        plans_manager: plans with the block `lgssl.text.embeddings` (not needed for prompt_mode "none").
+        configuration_manager: the configuration's architecture and patch size.
+        num_input_channels: image channels M.
+        num_output_channels: output channels C (classes with background, or regions).
+        enable_deep_supervision: whether both decoders return lists of logits.
+        prompt_mode: "fixed_volume" (published: tied to patch positions), "attention" (any patch size) or "none".
+        prompt_source: "text", or the controls "random" and "shuffled".
+        prompt_seed: draw of the controls.
+        stop_gradient: unlabelled rows do not train the prompt feature.
+        residual_gate: `v + gamma * (m * s)` with gamma 0 at the start instead of the published `m * s`.
+        affine_norm: learnable scale and shift in the fusion's normalisation (published: none).
+        dropout: rate on the fused bottleneck, per decoder (published: 0.5).
+        faithful_decoder: the published upsampling in the second decoder.
+
+    Raises:
+        PlansError: the plans lack embeddings for the output channels, or their architecture is no U-Net.
+        UsageError: unknown prompt_mode or prompt_source.
+    """
+    if prompt_mode not in PROMPT_MODES:
+        raise UsageError(f"prompt_mode {prompt_mode!r} is unknown; choose one of {', '.join(PROMPT_MODES)}.")
+    network = get_network_from_plans(
+        configuration_manager.network_arch_class_name,
+        configuration_manager.network_arch_init_kwargs,
+        configuration_manager.network_arch_init_kwargs_req_import,
+        num_input_channels,
+        num_output_channels,
+        allow_init=True,
+        deep_supervision=enable_deep_supervision,
+    )
+    if not isinstance(getattr(network, "decoder", None), UNetDecoder):
+        name = configuration_manager.network_arch_class_name
+        raise PlansError(
+            f"The plans' network {name} is no U-Net with an nnU-Net decoder; plan with a default or ResEnc planner."
+        )
+    convolutions = [len(stage.convs) for stage in network.decoder.stages]
+    second_decoder = interpolating_decoder(
+        network.encoder, num_output_channels, convolutions, enable_deep_supervision, faithful=faithful_decoder
+    )
+    if prompt_mode == "none":
+        return LanguageGuidedUNet(network, second_decoder, dropout=dropout)
+    embeddings = prompt_embeddings(
+        prompt_source, _planned_embeddings(plans_manager, num_output_channels), seed=prompt_seed
+    )
+    channels, shape = network.encoder.output_channels[-1], bottleneck_shape(configuration_manager)
+    if prompt_mode == "fixed_volume":
+        prompts = FixedVolumePrompts(embeddings, channels, shape, stop_gradient=stop_gradient)
+    else:
+        prompts = AttentionPrompts(embeddings, channels, len(shape), stop_gradient=stop_gradient)
+    fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, residual_gate=residual_gate)
+    return LanguageGuidedUNet(network, second_decoder, prompts, fusion, dropout)
+
+
+def bottleneck_shape(configuration_manager: ConfigurationManager) -> tuple[int, ...]:
+    """Compute the bottleneck's spatial shape: the patch divided by the product of the strides per axis.
+
+    Raises:
+        PlansError: the patch is not a multiple of it.
+    """
+    patch = configuration_manager.patch_size
+    total = [math.prod(strides) for strides in zip(*configuration_manager.pool_op_kernel_sizes, strict=True)]
+    if any(size % stride for size, stride in zip(patch, total, strict=True)):
+        raise PlansError(
+            f"The plans' patch size {list(patch)} must be a multiple of the network's total stride {total}."
+        )
+    return tuple(size // stride for size, stride in zip(patch, total, strict=True))
+
+
+def _planned_embeddings(plans_manager: PlansManager, num_output_channels: int) -> torch.Tensor:
+    """Read the prompt embeddings `(C, T)` from the plans and check that they fit the output channels."""
+    text = plans_manager.plans.get("lgssl", {}).get("text", {})
+    rows = text.get("embeddings") or []
+    if len(rows) != num_output_channels or len({len(row) for row in rows}) != 1:
+        raise PlansError(
+            f"The plans {plans_manager.plans.get('plans_name', '')} hold {len(rows)} prompt embeddings of one length "
+            f"for {num_output_channels} output channels; run lgssl_plan_and_preprocess for this dataset."
+        )
+    return torch.tensor(rows, dtype=torch.float32)

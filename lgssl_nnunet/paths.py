@@ -1,0 +1,47 @@
+"""Where raw data, preprocessed data and results lie: nnU-Net's three variables, with a stated fallback."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """One of nnU-Net's three folders and where its path was taken from."""
+
+    variable: str
+    path: Path
+    source: str
+
+
+def data_folders() -> dict[str, DataFolder]:
+    """Return the three folders by variable name, without changing anything."""
+    folders = {}
+    for variable in VARIABLES:
+        value = os.environ.get(variable)
+        if value:
+            folders[variable] = DataFolder(variable, Path(value), "environment")
+        else:
+            folders[variable] = DataFolder(variable, Path.cwd() / variable, "current directory (variable not set)")
+    return folders
+
+
+def use_data_folders() -> dict[str, DataFolder]:
+    """Set every unset variable to a folder under the current directory and say so.
+
+    Returns:
+        The three folders by variable name.
+    """
+    folders = data_folders()
+    for variable, folder in folders.items():
+        if not os.environ.get(variable):
+            os.environ[variable] = str(folder.path)
+            logger.warning("%s is not set: using %s", variable, folder.path)
+    return folders

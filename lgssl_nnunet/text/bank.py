@@ -1,0 +1,201 @@
+"""The embedding bank: prompts and their vectors in one `.npz`, so that planning needs no text encoder.
+
+Format, all plain arrays that load without pickles: `prompts` (N,) text, `embeddings` (N, T) float16 or float32,
+`encoder` and `sha256` (of the encoder's weights) as single texts. The shipped bank stores unit vectors as float16
+(rounded further by `build_bank`); renormalised on loading, their cosine to the exact vectors is above 0.99999.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from lgssl_nnunet.errors import PromptError
+from lgssl_nnunet.text.prompts import Prompt, template_sentence
+
+BANK_FOLDER = Path(__file__).parent / "bank"
+SHIPPED_BANK = BANK_FOLDER / "minilm.npz"
+STRUCTURES_FILE = BANK_FOLDER / "structures.json"
+
+_ARRAYS = ("prompts", "embeddings", "encoder", "sha256")
+
+
+@dataclass(frozen=True, eq=False)
+class BankEntry:
+    """What a look-up found.
+
+    Attributes:
+        sentence: The bank's sentence, as it was embedded.
+        embedding: Unit vector (T,), float32.
+        matched: How it was found: `sentence`, `class name` or `synonym`.
+    """
+
+    sentence: str
+    embedding: np.ndarray
+    matched: str
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingBank:
+    """Prompts with their embeddings and the encoder that made them.
+
+    Attributes:
+        prompts: N prompts, sentences or bare phrases.
+        embeddings: (N, T) float32 unit vectors.
+        encoder: Name of the encoder.
+        sha256: Checksum of the encoder's weights.
+    """
+
+    prompts: tuple[str, ...]
+    embeddings: np.ndarray
+    encoder: str
+    sha256: str
+
+    @classmethod
+    def load(cls, path: str | Path = SHIPPED_BANK) -> EmbeddingBank:
+        """Read and check a bank.
+
+        Args:
+            path: `.npz` file in the format of this module.
+
+        Returns:
+            The bank with renormalised float32 vectors.
+
+        Raises:
+            PromptError: The file is missing, damaged or not a bank.
+        """
+        path = Path(path)
+        arrays = _read_arrays(path)
+        prompts, embeddings = arrays["prompts"], arrays["embeddings"]
+        if prompts.ndim != 1 or prompts.dtype.kind != "U" or embeddings.ndim != 2 or embeddings.dtype.kind != "f":
+            raise PromptError(f"Bank {path} must hold `prompts` (N,) as text and `embeddings` (N, T) as floats.")
+        if len(prompts) != len(embeddings) or embeddings.size == 0:
+            raise PromptError(
+                f"Bank {path} has {len(prompts)} prompts and {len(embeddings)} embeddings: make it again."
+            )
+        vectors = embeddings.astype(np.float64)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        if not np.isfinite(norms).all() or not (norms > 0).all():
+            raise PromptError(f"Bank {path} holds embeddings that are not finite or are all zero: make it again.")
+        return cls(
+            tuple(str(prompt) for prompt in prompts),
+            (vectors / norms).astype(np.float32),
+            str(arrays["encoder"]),
+            str(arrays["sha256"]),
+        )
+
+    def save(self, path: str | Path, dtype: type[np.floating] = np.float16) -> None:
+        """Write the bank; the same content gives the same bytes."""
+        np.savez_compressed(
+            Path(path),
+            prompts=np.array(self.prompts),
+            embeddings=self.embeddings.astype(dtype),
+            encoder=np.array(self.encoder),
+            sha256=np.array(self.sha256),
+        )
+
+    def lookup(self, prompt: Prompt) -> BankEntry | None:
+        """Find the embedding of a prompt: by its sentence, then its class name or phrase, then a synonym of that.
+
+        Case, underscores, hyphens and punctuation do not matter. A sentence that the user gave as a whole is found as
+        that sentence or not at all, because answering with another one would ignore what was asked for.
+
+        Args:
+            prompt: Prompt of one output channel.
+
+        Returns:
+            The entry, or None.
+        """
+        row = self._rows.get(normalise(prompt.sentence))
+        if row is None and prompt.phrase is not None:
+            row = self._rows.get(normalise(prompt.phrase))
+        if row is not None:
+            matched = "sentence" if normalise(prompt.sentence) in self._rows else "class name"
+            return BankEntry(self.prompts[row], self.embeddings[row], matched)
+        if prompt.phrase is None:
+            return None
+        return self._lookup_structure(prompt)
+
+    def _lookup_structure(self, prompt: Prompt) -> BankEntry | None:
+        phrase = normalise(_without_article(prompt.phrase or ""))
+        structure = structure_names().get(phrase)
+        if structure is None:
+            return None
+        matched = "class name" if phrase == normalise(structure) else "synonym"
+        for text in (template_sentence(structure, prompt.modality), structure):
+            row = self._rows.get(normalise(text))
+            if row is not None:
+                return BankEntry(self.prompts[row], self.embeddings[row], matched)
+        return None
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {normalise(prompt): row for row, prompt in enumerate(self.prompts)}
+
+
+def normalise(text: str) -> str:
+    """Reduce a name to lower-case words, so that "Left_Atrium", "left-atrium" and "left atrium." are the same."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+
+
+def load_structures(path: str | Path = STRUCTURES_FILE) -> dict[str, list[str]]:
+    """Read the structures of the shipped bank: name and synonyms."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1)
+def structure_names() -> dict[str, str]:
+    """Map every normalised name and synonym to the structure's name in the bank."""
+    return index_structures(load_structures())
+
+
+def index_structures(structures: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Index names and synonyms; sided names also with the side at the end, as in "kidney_left".
+
+    Args:
+        structures: Synonyms by structure name.
+
+    Returns:
+        Structure name by normalised name.
+
+    Raises:
+        PromptError: One name stands for two structures.
+    """
+    index: dict[str, str] = {}
+    for name, synonyms in structures.items():
+        for spelling in (name, *synonyms):
+            for key in _side_variants(normalise(spelling)):
+                if index.setdefault(key, name) != name:
+                    raise PromptError(
+                        f"{STRUCTURES_FILE.name}: {spelling!r} stands for {index[key]!r} and for {name!r}."
+                    )
+    return index
+
+
+def _side_variants(key: str) -> list[str]:
+    side, _, rest = key.partition(" ")
+    return [key, f"{rest} {side}"] if side in ("left", "right") and rest else [key]
+
+
+def _without_article(phrase: str) -> str:
+    return re.sub(r"^(a|an|the)\s+", "", phrase, flags=re.IGNORECASE)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise PromptError(f"Bank {path} does not exist: give the path of a .npz file as file:BANK.npz.")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            missing = [name for name in _ARRAYS if name not in content.files]
+            arrays = {name: content[name] for name in content.files}
+    except Exception as error:  # a damaged archive fails in as many ways as zip, zlib and numpy have errors
+        raise PromptError(f"Bank {path} cannot be read ({error}): make or copy it again.") from error
+    if missing:
+        raise PromptError(f"Bank {path} lacks the arrays {', '.join(missing)}: a bank holds {', '.join(_ARRAYS)}.")
+    return arrays

@@ -1,0 +1,232 @@
+"""One sentence per output channel: from the channel and class names of dataset.json, or as the user words it.
+
+The rules, in one place:
+
+- Channels. Without regions: background, then every foreground label by ascending value. With regions: the foreground
+  regions in the order of dataset.json, no background. The ignore label never has a prompt. This is the order of the
+  channels of nnU-Net's network.
+- Modality. All channels CT: "A computerized tomography of a liver" (`an` before a vowel sound). All channels MRI, by
+  whichever sequence name (T1, T2, FLAIR, LGE, ...): "A magnetic resonance image of the left atrium". Anything else,
+  a mixture included: "A medical image of the ...". Background is worded like every other class.
+- Names. Underscores become spaces and capitalised words lower case ("Left_Atrium" is "left atrium", "MS_lesion" is
+  "MS lesion").
+- Override. A value that ends with a full stop, or begins with a capital "A ", "An " or "The ", is a whole sentence and
+  is used as it stands. Any other value is a phrase and goes into the template in place of the class name; a phrase that
+  brings its own article ("the left lung") keeps it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lgssl_nnunet.errors import PromptError
+
+CT = "CT"
+MRI = "MRI"
+OTHER = "other"
+MODALITIES = (CT, MRI, OTHER)
+
+_OPENINGS = {
+    CT: "A computerized tomography of",
+    MRI: "A magnetic resonance image of",
+    OTHER: "A medical image of",
+}
+_CHANNEL_WORDS = {
+    CT: "ct cta cect ncct ldct cbct",
+    MRI: "mr mri mra magnetic t1 t1w t1c t1ce t1gd t1n t1wi t2 t2w t2f t2s t2star t2wi flair lge cine bssfp adc dwi "
+    "dti swi dce dsc pd pdw gre mprage haste dixon vibe stir",
+    OTHER: "pet spect us ultrasound xray",
+}
+_OWN_ARTICLE = re.compile(r"(a|an|the)\s")
+_INITIALS_WITH_VOWEL_SOUND = "AEFHILMNORSX"
+_WORD_WITH_YOU_SOUND = re.compile(r"(uni|ure|uri|ute|use|eu)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text of one output channel.
+
+    Attributes:
+        class_name: Name in dataset.json.
+        sentence: The sentence to embed.
+        phrase: What stands in the template (class name or phrase of the user); None for a sentence given as a whole,
+            which a look-up must then find word by word.
+        modality: `CT`, `MRI` or `other`: the template of `sentence`.
+    """
+
+    class_name: str
+    sentence: str
+    phrase: str | None = None
+    modality: str = OTHER
+
+
+def build_prompts(dataset_json: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> list[Prompt]:
+    """Word the prompt of every output channel, in the order of the network's channels.
+
+    Args:
+        dataset_json: Content of dataset.json; its `prompts` block, if any, overrides the templates.
+        overrides: Prompt by class name (`--prompts FILE`); wins over the block in dataset.json.
+
+    Returns:
+        One prompt per output channel.
+
+    Raises:
+        PromptError: A prompt is given for a class without an output channel, or is not a text.
+
+    Source:
+        Template sentences of LG-SSL (2024), corrected for the modality: methods.md 2.4 and 2.7.
+    """
+    names = prompted_classes(dataset_json)
+    modality = prompt_modality(dataset_json)
+    wording = dict(_checked_overrides(dataset_json.get("prompts"), names, "the `prompts` block of dataset.json"))
+    wording.update(_checked_overrides(overrides, names, "the prompt file"))
+    return [_make_prompt(name, wording.get(name), modality) for name in names]
+
+
+def prompted_classes(dataset_json: Mapping[str, Any]) -> list[str]:
+    """Return the class name of every output channel, in nnU-Net's channel order.
+
+    Raises:
+        PromptError: dataset.json has no labels, or two names share one label value.
+    """
+    labels = dataset_json.get("labels")
+    if not isinstance(labels, Mapping) or not labels:
+        raise PromptError('dataset.json has no `labels`: add, for example, "labels": {"background": 0, "liver": 1}.')
+    classes = {name: _label_values(name, value) for name, value in labels.items() if name != "ignore"}
+    if any(isinstance(labels[name], list | tuple) and len(labels[name]) > 1 for name in classes):
+        return [name for name, values in classes.items() if set(values) != {0}]
+    names = sorted(classes, key=lambda name: classes[name])
+    for first, second in itertools.pairwise(names):
+        if classes[first] == classes[second]:
+            raise PromptError(
+                f"dataset.json gives the label value {classes[first][0]} to both {first!r} and {second!r}: "
+                "keep one name for each value."
+            )
+    return names
+
+
+def prompt_modality(dataset_json: Mapping[str, Any]) -> str:
+    """Tell from `channel_names` (or nnU-Net v1's `modality`) which template fits: `CT`, `MRI` or `other`."""
+    channels = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
+    names = channels.values() if isinstance(channels, Mapping) else channels
+    found = {_channel_modality(str(name)) for name in names}
+    return found.pop() if len(found) == 1 else OTHER
+
+
+def template_sentence(phrase: str, modality: str) -> str:
+    """Put a phrase into the template of a modality.
+
+    Args:
+        phrase: For example "left atrium" or "the left atrium".
+        modality: `CT`, `MRI` or `other`.
+
+    Returns:
+        The sentence, without a full stop.
+    """
+    if not _OWN_ARTICLE.match(phrase):
+        article = _indefinite_article(phrase) if modality == CT else "the"
+        phrase = f"{article} {phrase}"
+    return f"{_OPENINGS[modality]} {phrase}"
+
+
+def load_prompt_file(path: str | Path) -> dict[str, str]:
+    """Read a JSON file that maps class names to prompts.
+
+    Class names are checked by `build_prompts`, which knows the dataset.
+
+    Args:
+        path: JSON file such as `{"Anterior": "anterior part of the hippocampus"}`.
+
+    Returns:
+        Prompt by class name.
+
+    Raises:
+        PromptError: The file is missing, is no JSON object, or holds something that is not a text.
+    """
+    path = Path(path)
+    remedy = 'it must hold one JSON object such as {"liver": "liver with tumours"}.'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PromptError(f"Prompt file {path} cannot be read ({error.strerror}); {remedy}") from error
+    except ValueError as error:
+        raise PromptError(f"Prompt file {path} is not valid JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict) or not content:
+        raise PromptError(f"Prompt file {path} does not map class names to prompts; {remedy}")
+    for name, value in content.items():
+        _check_text(name, value, f"Prompt file {path}")
+    return content
+
+
+def _make_prompt(class_name: str, wording: str | None, modality: str) -> Prompt:
+    phrase = _readable(class_name) if wording is None else " ".join(wording.split())
+    if wording is not None and _is_sentence(phrase):
+        return Prompt(class_name, phrase, phrase=None, modality=modality)
+    return Prompt(class_name, template_sentence(phrase, modality), phrase=phrase, modality=modality)
+
+
+def _is_sentence(text: str) -> bool:
+    return text.endswith(".") or text.startswith(("A ", "An ", "The "))
+
+
+def _readable(class_name: str) -> str:
+    words = class_name.replace("_", " ").split()
+    return " ".join(word.lower() if len(word) > 1 and word.istitle() else word for word in words)
+
+
+def _indefinite_article(phrase: str) -> str:
+    word = re.split(r"[\s-]", phrase, maxsplit=1)[0]
+    if word.isupper() and len(word) <= 3:
+        return "an" if word[0] in _INITIALS_WITH_VOWEL_SOUND else "a"
+    if _WORD_WITH_YOU_SOUND.match(word):
+        return "a"
+    return "an" if word[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+
+
+def _channel_modality(channel_name: str) -> str:
+    words = set(re.findall(r"[a-z0-9]+", channel_name.lower()))
+    found = [modality for modality, known in _CHANNEL_WORDS.items() if words & set(known.split())]
+    if not found and words & {"computed", "computerized"} and "tomography" in words:
+        found = [CT]
+    return found[0] if len(found) == 1 else OTHER
+
+
+def _label_values(name: str, value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list | tuple) else [value]
+    try:
+        return tuple(int(item) for item in values)
+    except (TypeError, ValueError) as error:
+        raise PromptError(
+            f"dataset.json gives class {name!r} the label {value!r}: a label is an integer or a list of integers."
+        ) from error
+
+
+def _checked_overrides(overrides: Any, names: Sequence[str], origin: str) -> Mapping[str, str]:
+    if overrides is None:
+        return {}
+    if not isinstance(overrides, Mapping):
+        raise PromptError(f"{origin[0].upper()}{origin[1:]} must map class names to prompts, as a JSON object.")
+    unknown = [str(name) for name in overrides if name not in names]
+    if unknown:
+        raise PromptError(
+            f"{origin[0].upper()}{origin[1:]} names {_listed(unknown)}, which no output channel has: "
+            f"the classes here are {_listed(names)}."
+        )
+    for name, value in overrides.items():
+        _check_text(name, value, f"{origin[0].upper()}{origin[1:]}")
+    return overrides
+
+
+def _check_text(name: str, value: Any, origin: str) -> None:
+    if not isinstance(value, str) or not value.strip(" ."):
+        raise PromptError(f"{origin} gives class {name!r} the prompt {value!r}: a prompt is a phrase or a sentence.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -1,0 +1,379 @@
+"""Training as one function: what `lgssl_train` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
+from lgssl_nnunet.paths import use_data_folders
+from lgssl_nnunet.registry import find_trainer, trainer_names
+
+if TYPE_CHECKING:
+    import torch
+
+    from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+PLUGIN_FOLDER = Path(__file__).parent / "nnunet_plugin"
+
+
+def train(
+    dataset: int | str,
+    configuration: str = "3d_fullres",
+    trainer: str = "LGSSLTrainer",
+    *,
+    fold: int | str = "all",
+    plans: str | None = None,
+    epochs: int | None = None,
+    iterations_per_epoch: int | None = None,
+    unlabeled_batch_size: int | None = None,
+    seed: int | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    pretrained_weights: Path | str | None = None,
+    continue_training: bool = False,
+    only_validate: bool = False,
+    validate_best: bool = False,
+    export_probabilities: bool = False,
+    disable_checkpointing: bool = False,
+    num_gpus: int = 1,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Train a model and leave an nnU-Net model folder.
+
+    Options that differ from the plans (epochs, iterations, batch, seed, hyper-parameters) are written into a derived
+    plans file with a name of its own, so no run overwrites another.
+
+    Args:
+        dataset: dataset id or name.
+        configuration: "2d", "3d_fullres" or "3d_lowres".
+        trainer: name of a trainer class, see `lgssl_info`.
+        fold: "all" (every labelled case trains) or 0 to 4 (nnU-Net's five folds inside the labelled cases).
+        plans: plans name; None takes the dataset's only LGSSL plans, else the newest.
+        epochs: number of epochs instead of the planned one.
+        iterations_per_epoch: optimiser steps per epoch instead of the planned number.
+        unlabeled_batch_size: unlabelled patches per step; None means as many as labelled ones.
+        seed: training seed (initialisation, batches, dropout).
+        hyperparameters: values of the method's hyper-parameters by name.
+        pretrained_weights: checkpoint whose weights start the training (segmentation layers excepted).
+        continue_training: go on from the newest checkpoint of this run.
+        only_validate: skip training and run the final validation.
+        validate_best: use checkpoint_best.pth for the final validation.
+        export_probabilities: save the validation's class probabilities as .npz.
+        disable_checkpointing: write no checkpoints.
+        num_gpus: number of CUDA devices for distributed training.
+        device: torch device or its name; None chooses.
+        progress: show a progress bar; None means on a terminal only.
+
+    Returns:
+        The model folder (`<Trainer>__<plans>__<configuration>`).
+
+    Raises:
+        UsageError: options that do not fit together, unknown names.
+        PlansError: no such plans or configuration.
+        CheckpointError: the run exists already, or there is nothing to validate.
+    """
+    use_data_folders()
+    _check_options(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights)
+    fold = parse_fold(fold)
+    trainer_class = find_trainer(trainer)
+    dataset_folder = _preprocessed_folder(dataset)
+    base_plans = _load_plans(dataset_folder, plans)
+    _check_configuration(base_plans, configuration)
+    used_plans = _derive_plans(
+        base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
+    )
+    model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
+    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, disable_checkpointing)
+    if used_plans is not base_plans:
+        _write_plans(dataset_folder, used_plans)
+    logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
+    if num_gpus > 1:
+        _train_distributed(
+            dataset_folder.name,
+            configuration,
+            fold,
+            trainer,
+            used_plans["plans_name"],
+            pretrained_weights,
+            num_gpus,
+            export_probabilities,
+            continue_training,
+            only_validate,
+            disable_checkpointing,
+            validate_best,
+        )
+        return model_folder
+    run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, device)
+    run.disable_checkpointing = disable_checkpointing
+    run.show_progress = progress
+    _load_weights(run, continue_training, only_validate, pretrained_weights)
+    if not only_validate:
+        run.run_training()
+    _validate(run, fold, only_validate, validate_best, export_probabilities)
+    return model_folder
+
+
+def parse_fold(fold: int | str) -> int | str:
+    """Return "all" or the fold's number.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if fold == "all":
+        return fold
+    if str(fold) in ("0", "1", "2", "3", "4"):
+        return int(fold)
+    raise UsageError(f"Fold {fold!r} does not exist: use all, or 0 to 4.")
+
+
+def _check_options(
+    continue_training: bool,
+    only_validate: bool,
+    validate_best: bool,
+    disable_checkpointing: bool,
+    pretrained_weights: Path | str | None,
+) -> None:
+    if continue_training and only_validate:
+        raise UsageError("--c continues a training and --val only validates a finished one: give one of them.")
+    if continue_training and pretrained_weights is not None:
+        raise UsageError("--c and -pretrained_weights exclude each other: pretrained weights start a training.")
+    if validate_best and disable_checkpointing:
+        raise UsageError("--val_best needs the checkpoint that --disable_checkpointing does not write.")
+    if pretrained_weights is not None and not Path(pretrained_weights).is_file():
+        raise UsageError(f"The file of -pretrained_weights does not exist: {pretrained_weights}.")
+
+
+def _preprocessed_folder(dataset: int | str) -> Path:
+    root = Path(os.environ["nnUNet_preprocessed"])
+    known = sorted(folder.name for folder in root.glob("Dataset*_*") if folder.is_dir())
+    matches = [name for name in known if name == str(dataset) or name[7:].split("_")[0].lstrip("0") == str(dataset)]
+    if len(matches) == 1:
+        return root / matches[0]
+    listing = f" It holds: {', '.join(known)}." if known else ""
+    remedy = "Plan it with lgssl_plan_and_preprocess first." if not matches else "Give the full name."
+    problem = "There is no" if not matches else "There is more than one"
+    raise UsageError(f"{problem} preprocessed dataset {dataset} in {root}.{listing} {remedy}")
+
+
+def _load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
+    available = _plans_files(dataset_folder)
+    if name is not None:
+        file = dataset_folder / f"{name}.json"
+        if not file.is_file():
+            names = ", ".join(path.stem for path in available) or "none"
+            raise PlansError(f"There are no plans {name} in {dataset_folder}; planned with this package: {names}.")
+        return json.loads(file.read_text(encoding="utf-8"))
+    # Derived plans belong to one run; only -p asks for them.
+    planned = [path for path in available if "training" not in json.loads(path.read_text())["lgssl"]]
+    if not planned:
+        raise PlansError(
+            f"{dataset_folder} holds no plans of lgssl_plan_and_preprocess: run it first (nnU-Net's own plans say "
+            "nothing about unlabelled cases)."
+        )
+    newest = max(planned, key=lambda path: path.stat().st_mtime_ns)
+    if len(planned) > 1:
+        others = ", ".join(path.stem for path in planned if path != newest)
+        logger.info("Using the newest plans, %s (others: %s; choose with -p).", newest.stem, others)
+    return json.loads(newest.read_text(encoding="utf-8"))
+
+
+def _plans_files(dataset_folder: Path) -> list[Path]:
+    """Return the plans files with an lgssl block."""
+    files = []
+    for path in sorted(dataset_folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            continue
+        if isinstance(content, dict) and "lgssl" in content and "configurations" in content:
+            files.append(path)
+    return files
+
+
+def _check_configuration(plans: dict[str, Any], configuration: str) -> None:
+    if configuration not in plans["configurations"]:
+        cascade = " The cascade is not supported." if "cascade" in configuration else ""
+        raise PlansError(
+            f"{plans['plans_name']} have no configuration {configuration}; they have "
+            f"{', '.join(plans['configurations'])}.{cascade}"
+        )
+
+
+def _derive_plans(
+    plans: dict[str, Any],
+    trainer_class: type,
+    epochs: int | None,
+    iterations_per_epoch: int | None,
+    unlabeled_batch_size: int | None,
+    seed: int | None,
+    hyperparameters: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the plans themselves, or a derived copy whose name tells every option that differs from them."""
+    for name, value in (("epochs", epochs), ("iterations_per_epoch", iterations_per_epoch)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, not {value}.")
+    settings = plans.get("lgssl")
+    asked = [epochs, iterations_per_epoch, unlabeled_batch_size, seed]
+    if settings is None:
+        if any(value is not None for value in asked) or hyperparameters:
+            raise PlansError(f"{plans['plans_name']} are nnU-Net's own and cannot carry these options: plan with ours.")
+        return plans
+    schedule, training = dict(settings["schedule"]), dict(settings.get("training", {}))
+    tags = []
+    if epochs not in (None, schedule["num_epochs"]):
+        schedule["num_epochs"] = epochs
+        tags.append(f"e{epochs}")
+    if iterations_per_epoch not in (None, schedule["iterations_per_epoch"]):
+        schedule["iterations_per_epoch"] = iterations_per_epoch
+        tags.append(f"i{iterations_per_epoch}")
+    if unlabeled_batch_size not in (None, training.get("unlabeled_batch_size")):
+        training["unlabeled_batch_size"] = unlabeled_batch_size
+        tags.append(f"u{unlabeled_batch_size}")
+    if seed not in (None, training.get("seed", 0)):
+        training["seed"] = seed
+        tags.append(f"s{seed}")
+    changed = _changed_hyperparameters(trainer_class, training, hyperparameters or {})
+    if changed:
+        training["hyperparameters"] = {**training.get("hyperparameters", {}), **changed}
+        tags += [f"{name}-{value}" for name, value in sorted(changed.items())]
+    if not tags:
+        return plans
+    training.setdefault("seed", 0)
+    training.setdefault("planned_as", plans["plans_name"])
+    # nnU-Net separates trainer, plans and configuration in folder names by a double underscore.
+    tag = re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9.+_-]", "-", "_".join(tags)))
+    derived = {**plans, "plans_name": f"{plans['plans_name']}_{tag}"}
+    derived["lgssl"] = {**settings, "schedule": schedule, "training": training}
+    return derived
+
+
+def _changed_hyperparameters(
+    trainer_class: type, training: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    from lgssl_nnunet.engine.hyperparameters import override
+
+    defaults = getattr(trainer_class, "hyperparameters", None)
+    if defaults is None:
+        if values:
+            raise UsageError(f"{trainer_class.__name__} takes no hyper-parameters; leave out --set.")
+        return {}
+    planned = override(defaults, training.get("hyperparameters", {}), trainer_class.__name__)
+    chosen = override(planned, values, trainer_class.__name__)
+    return {name: getattr(chosen, name) for name in values if getattr(chosen, name) != getattr(planned, name)}
+
+
+def _write_plans(dataset_folder: Path, plans: dict[str, Any]) -> None:
+    from lgssl_nnunet.engine.checkpoint import save_json
+
+    save_json(plans, dataset_folder / f"{plans['plans_name']}.json")
+
+
+def _model_folder(dataset: str, trainer: str, plans_name: str, configuration: str) -> Path:
+    return Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{plans_name}__{configuration}"
+
+
+def _check_run(fold_folder: Path, continue_training: bool, only_validate: bool, disable_checkpointing: bool) -> None:
+    existing = [name for name in CHECKPOINTS if (fold_folder / name).is_file()]
+    if only_validate and CHECKPOINTS[0] not in existing:
+        raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[0]}: train first, or finish the training with --c.")
+    if existing and not (continue_training or only_validate or disable_checkpointing):
+        raise CheckpointError(
+            f"{fold_folder} already holds {existing[0]}: continue it with --c, choose another --seed, or move the "
+            "folder away."
+        )
+
+
+def _build(
+    trainer_class: type,
+    plans: dict[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_folder: Path,
+    continue_training: bool,
+    device: str | torch.device | None,
+) -> SemiSupervisedTrainer:
+    from lgssl_nnunet.inference.device import choose_device
+
+    dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+    # nnU-Net takes this entry out of the plans that it is given.
+    plans = {**plans, "continue_training": continue_training}
+    return trainer_class(
+        plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=choose_device(device)
+    )
+
+
+def _load_weights(
+    run: SemiSupervisedTrainer, continue_training: bool, only_validate: bool, pretrained_weights: Path | str | None
+) -> None:
+    if pretrained_weights is not None:
+        from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+        run.initialize()
+        load_pretrained_weights(run.network, str(pretrained_weights), verbose=False)
+        return
+    if not (continue_training or only_validate):
+        return
+    folder = Path(run.output_folder)
+    checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+    if checkpoint is None:
+        logger.warning("%s holds no checkpoint to continue from: starting a new training.", folder)
+        return
+    logger.info("Continuing from %s", checkpoint)
+    run.load_checkpoint(str(checkpoint))
+
+
+def _validate(
+    run: SemiSupervisedTrainer, fold: int | str, only_validate: bool, validate_best: bool, export_probabilities: bool
+) -> None:
+    if fold == "all" and not (only_validate or validate_best):
+        logger.info("Fold all holds no case back: no final validation (--val runs it on the training cases).")
+        return
+    if validate_best:
+        run.load_checkpoint(str(Path(run.output_folder) / "checkpoint_best.pth"))
+    run.perform_actual_validation(export_probabilities)
+
+
+def _train_distributed(
+    dataset: str,
+    configuration: str,
+    fold: int | str,
+    trainer: str,
+    plans: str,
+    pretrained_weights: Path | str | None,
+    num_gpus: int,
+    export_probabilities: bool,
+    continue_training: bool,
+    only_validate: bool,
+    disable_checkpointing: bool,
+    validate_best: bool,
+) -> None:
+    """Hand over to nnU-Net's launcher, whose processes find our trainers through the plug-in folder."""
+    import torch
+    from nnunetv2.run.run_training import run_training
+
+    if trainer in trainer_names():
+        os.environ["nnUNet_extTrainer"] = str(PLUGIN_FOLDER)
+    run_training(
+        dataset,
+        configuration,
+        fold,
+        trainer,
+        plans,
+        str(pretrained_weights) if pretrained_weights else None,
+        num_gpus,
+        export_probabilities,
+        continue_training,
+        only_validate,
+        disable_checkpointing,
+        validate_best,
+        torch.device("cuda"),
+    )

@@ -1,0 +1,80 @@
+"""Writing files so that none is ever seen half written, and telling whether a file has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lgssl_nnunet.errors import DatasetError
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DatasetError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: the file does not exist; create it or check the folder's name.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: the file is not valid JSON ({error}); correct it.") from None
+
+
+def read_json_if_valid(path: Path) -> Any | None:
+    """Return the content of a JSON file that this package wrote, None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a JSON file in one step: readers see the old content or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one step, with its modification time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, unfinished)
+    shutil.copystat(source, unfinished)
+    unfinished.chmod(0o644)  # raw data is often read-only; a copy must stay replaceable
+    os.replace(unfinished, target)
+
+
+def file_signature(path: Path) -> list[str | int]:
+    """Return path, size in bytes and modification time in ns; nothing is opened."""
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def content_hash(content: Any) -> str:
+    """Return a hash of JSON-like content that does not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the time of a block and restore what was there before, whatever happens."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,151 @@
+"""The dataset fingerprint of one plans file.
+
+As nnU-Net's, with the same keys, except for who contributes: intensities come from the labelled cases of the budget,
+shapes and spacings from all training images. Nothing here opens a segmentation outside the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.plans.cases import RawDataset, find_reader
+from lgssl_nnunet.plans.files import content_hash, file_signature, read_json_if_valid, write_json
+from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
+from lgssl_nnunet.plans.problems import Problem, raise_if_any
+
+logger = logging.getLogger(__name__)
+
+TOTAL_SAMPLES = 100_000_000
+"""Foreground intensities sampled over all labelled cases, as in nnU-Net."""
+MAX_SAMPLES_PER_CASE = 1_000_000
+"""Limit per case: with few labelled cases nnU-Net's total would draw every voxel many times over."""
+PERCENTILES = (0.5, 50.0, 99.5)
+
+
+def dataset_fingerprint(
+    dataset: RawDataset, file: Path, *, clean: bool = False, num_processes: int = 0, progress: bool = True
+) -> dict[str, Any]:
+    """Return the fingerprint of a dataset and its budget, from `file` if nothing has changed since it was written.
+
+    Args:
+        dataset: the raw dataset with the budget applied.
+        file: `dataset_fingerprint_<plans>.json`; what it was made from is noted beside it in `*.manifest.json`.
+        clean: make it again in any case.
+        num_processes: worker processes; 0 for none.
+        progress: show a progress bar.
+
+    Raises:
+        DatasetError: an image or label cannot be read, or no labelled voxel is foreground.
+    """
+    manifest = file.with_name(f"{file.stem}.manifest.json")
+    key = _key(dataset)
+    old, old_key = read_json_if_valid(file), read_json_if_valid(manifest)
+    if not clean and isinstance(old, dict) and old_key == {"key": key}:
+        logger.info("Fingerprint: nothing has changed, taken from %s.", file.name)
+        return old
+    fingerprint = extract_fingerprint(dataset, num_processes=num_processes, progress=progress)
+    manifest.unlink(missing_ok=True)
+    write_json(fingerprint, file)
+    write_json({"key": key}, manifest)
+    return fingerprint
+
+
+def extract_fingerprint(dataset: RawDataset, *, num_processes: int = 0, progress: bool = True) -> dict[str, Any]:
+    """Read all training images and the labels of the budget, and return nnU-Net's fingerprint dictionary.
+
+    Raises:
+        DatasetError: an image or label cannot be read, or no labelled voxel is foreground.
+    """
+    cases = dataset.cases
+    reader = find_reader(dataset.dataset_json, next(iter(cases.values())).images[0])
+    samples = min(TOTAL_SAMPLES // len(dataset.labeled), MAX_SAMPLES_PER_CASE)
+    tasks = {
+        name: ([str(path) for path in case.images], str(case.label) if case.label else None, reader, samples)
+        for name, case in cases.items()
+    }
+    outcome = dict(
+        run_cases(analyze_case, tasks, num_processes=num_processes, description="Fingerprint", progress=progress)
+    )
+    failures = {name: result for name, result in outcome.items() if isinstance(result, CaseFailure)}
+    raise_if_any(
+        [Problem(name, failures[name].reason, "repair or remove the case") for name in sorted(failures)], dataset.name
+    )
+    ordered = [outcome[name] for name in cases]
+    return {
+        "spacings": [result["spacing"] for result in ordered],
+        "shapes_after_crop": [result["shape"] for result in ordered],
+        "foreground_intensity_properties_per_channel": _intensity_statistics(
+            [outcome[name]["intensities"] for name in dataset.labeled], dataset
+        ),
+        "median_relative_size_after_cropping": float(np.median([result["relative_size"] for result in ordered])),
+    }
+
+
+def analyze_case(images: list[str], label: str | None, reader: type, num_samples: int) -> dict[str, Any]:
+    """Return what one case contributes to the fingerprint.
+
+    Args:
+        images: image files, one per channel.
+        label: segmentation file of a labelled case, None for an unlabelled one.
+        reader: nnU-Net's reader class.
+        num_samples: foreground intensities to sample per channel.
+
+    Returns:
+        `shape` (X, Y, Z) after cropping to the non-zero region, `spacing` in mm, `relative_size` after cropping and
+        `intensities`, per channel a float array (num_samples,), for labelled cases.
+    """
+    if label is not None:
+        shape, spacing, intensities, _, relative_size = DatasetFingerprintExtractor.analyze_case(
+            images, label, reader, num_samples
+        )
+    else:
+        data, properties = reader().read_images(images)
+        cropped, _, _ = crop_to_nonzero(data)
+        shape, spacing, intensities = cropped.shape[1:], properties["spacing"], None
+        relative_size = np.prod(shape) / np.prod(data.shape[1:])
+    return {
+        "shape": [int(length) for length in shape],
+        "spacing": [float(length) for length in spacing],
+        "relative_size": float(relative_size),
+        "intensities": intensities,
+    }
+
+
+def _intensity_statistics(intensities: list[list[np.ndarray]], dataset: RawDataset) -> dict[str, dict[str, float]]:
+    statistics = {}
+    for channel in range(dataset.num_channels):
+        values = np.concatenate([np.asarray(case[channel], dtype=np.float32) for case in intensities])
+        if not len(values):
+            raise DatasetError(
+                f"{dataset.name}: none of the {len(intensities)} labelled cases has a foreground voxel; "
+                "choose other cases with --labeled_list or another --seed."
+            )
+        low, median, high = np.percentile(values, PERCENTILES)
+        statistics[str(channel)] = {
+            "mean": float(np.mean(values)),
+            "median": float(median),
+            "std": float(np.std(values)),
+            "min": float(np.min(values)),
+            "max": float(np.max(values)),
+            "percentile_99_5": float(high),
+            "percentile_00_5": float(low),
+        }
+    return statistics
+
+
+def _key(dataset: RawDataset) -> str:
+    """Return a hash of everything the fingerprint depends on; labels outside the budget are not even looked at."""
+    files = {
+        name: [file_signature(path) for path in (*case.images, *([case.label] if case.label else []))]
+        for name, case in dataset.cases.items()
+    }
+    settings = [TOTAL_SAMPLES, MAX_SAMPLES_PER_CASE, dataset.num_channels, dataset.dataset_json.get("file_ending")]
+    reader = dataset.dataset_json.get("overwrite_image_reader_writer")
+    return content_hash([files, sorted(dataset.labeled), settings, reader])

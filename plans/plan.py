@@ -1,0 +1,383 @@
+"""From a raw dataset to plans and preprocessed cases: the function behind `lgssl_plan_and_preprocess`."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lgssl_nnunet.errors import PlansError, UsageError
+from lgssl_nnunet.paths import data_folders, use_data_folders
+from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
+from lgssl_nnunet.plans.files import copy_file, read_json_if_valid, write_json
+from lgssl_nnunet.plans.problems import raise_if_any
+from lgssl_nnunet.plans.splits import Budget, choose_budget
+
+if TYPE_CHECKING:
+    from lgssl_nnunet.plans.planner import LGSSLPlanningMixin
+    from lgssl_nnunet.text.encoders import PromptEmbeddings
+    from lgssl_nnunet.text.prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+DEFAULT_PROCESSES = {"2d": 8, "3d_fullres": 4, "3d_lowres": 8}
+"""Worker processes per configuration, as in nnU-Net; never more than there are cores."""
+
+
+@dataclass(frozen=True)
+class PlanningOptions:
+    """What holds for every dataset of one call; the arguments of `plan_and_preprocess` of the same names."""
+
+    planner: str
+    plans_name: str | None
+    text_encoder: str
+    configurations: tuple[str, ...]
+    gpu_memory_target: float | None
+    overwrite_target_spacing: tuple[float, ...] | None
+    preprocessor_name: str
+    verify: bool
+    clean: bool
+    preprocess: bool
+    num_processes: tuple[int, ...]
+    num_processes_fingerprint: int
+    verbose: bool
+    progress: bool
+
+
+@dataclass(frozen=True)
+class PlanningJob:
+    """One dataset with everything that is decided before any image is read."""
+
+    dataset: RawDataset
+    budget: Budget
+    plans_name: str
+    prompts: list[Prompt]
+    embeddings: PromptEmbeddings
+
+    @property
+    def preprocessed(self) -> Path:
+        """The dataset's folder in `nnUNet_preprocessed`."""
+        return data_folders()["nnUNet_preprocessed"].path / self.dataset.name
+
+
+def plan_and_preprocess(
+    dataset_ids: Sequence[int | str] | int | str,
+    *,
+    planner: str = "LGSSLPlanner",
+    labeled: int | None = None,
+    labeled_list: Path | str | None = None,
+    seed: int = 0,
+    prompts: Path | str | None = None,
+    text_encoder: str = "bank",
+    configurations: Sequence[str] = CONFIGURATIONS,
+    gpu_memory_target: float | None = None,
+    overwrite_target_spacing: Sequence[float] | None = None,
+    overwrite_plans_name: str | None = None,
+    preprocessor_name: str = "DefaultPreprocessor",
+    verify: bool = True,
+    clean: bool = False,
+    preprocess: bool = True,
+    num_processes: int | Sequence[int] | None = None,
+    num_processes_fingerprint: int | None = None,
+    verbose: bool = False,
+    progress: bool = True,
+) -> list[Path]:
+    """Plan experiments on labelled and unlabelled cases and preprocess both.
+
+    Labelled cases lie in imagesTr and have a file in labelsTr; unlabelled ones lie in imagesUn, or in imagesTr without
+    a label file, or are left out by a budget. Labels of unlabelled cases are never opened. Planning again redoes only
+    what has changed.
+
+    Args:
+        dataset_ids: ids (501) or folder names ("Dataset501_Name") in `nnUNet_raw`.
+        planner: a name of `lgssl_nnunet.plans.planner.PLANNERS`.
+        labeled: number of labelled cases to draw; the other labelled cases become unlabelled. None: all.
+        labeled_list: text file that names the labelled cases to use, one identifier per line.
+        seed: seed of the draw; draws with one seed are nested.
+        prompts: JSON file with a prompt by class name; it overrides those of dataset.json.
+        text_encoder: where prompt embeddings come from: "bank" (shipped), an open_clip model or local weights.
+        configurations: which configurations to preprocess; those that the plans do not have are skipped.
+        gpu_memory_target: memory in GB that one step of LGSSLTrainer may take; None for the planner's default.
+        overwrite_target_spacing: three spacings in mm for 3d_fullres, in the order of the array axes (z, y, x).
+        overwrite_plans_name: name of the plans, in place of the one that tells planner and budget.
+        preprocessor_name: nnU-Net's preprocessor class.
+        verify: check the integrity of the dataset first.
+        clean: check all cases, make the fingerprint and preprocess all cases again, changed or not.
+        preprocess: False stops after the plans.
+        num_processes: worker processes for preprocessing, one number or one per configuration; 0 for none. None:
+            nnU-Net's defaults, at most one per core.
+        num_processes_fingerprint: worker processes for integrity check and fingerprint; None: at most 8, one per core.
+        verbose: let nnU-Net's preprocessor print what it does.
+        progress: show progress bars.
+
+    Returns:
+        The plans files, one per dataset.
+
+    Raises:
+        UsageError: an argument names something unknown or does not fit the others.
+        DatasetError: the dataset is damaged or incomplete; every problem is listed.
+        SplitError: the requested labelled cases do not exist.
+        PromptError: a class has no usable prompt or embedding.
+        PlansError: no plans fit the request.
+    """
+    use_data_folders()
+    options = PlanningOptions(
+        planner=planner,
+        plans_name=overwrite_plans_name,
+        text_encoder=text_encoder,
+        configurations=tuple(configurations),
+        gpu_memory_target=gpu_memory_target,
+        overwrite_target_spacing=None if overwrite_target_spacing is None else tuple(overwrite_target_spacing),
+        preprocessor_name=preprocessor_name,
+        verify=verify,
+        clean=clean,
+        preprocess=preprocess,
+        num_processes=_processes(num_processes, configurations),
+        num_processes_fingerprint=_cores(8) if num_processes_fingerprint is None else num_processes_fingerprint,
+        verbose=verbose,
+        progress=progress,
+    )
+    planner_class = _check_options(options)
+    ids = [dataset_ids] if isinstance(dataset_ids, (int, str)) else list(dataset_ids)
+    jobs = [_prepare(i, options, planner_class, labeled, labeled_list, seed, prompts) for i in ids]
+    return [_run(job, options, planner_class) for job in jobs]
+
+
+def _prepare(
+    dataset_id: int | str,
+    options: PlanningOptions,
+    planner_class: type[LGSSLPlanningMixin],
+    labeled: int | None,
+    labeled_list: Path | str | None,
+    seed: int,
+    prompts: Path | str | None,
+) -> PlanningJob:
+    """Sort the cases, choose the budget and embed the prompts: all that can be refused without reading an image."""
+    complete = load_raw_dataset(dataset_id)
+    budget = choose_budget(complete, labeled=labeled, labeled_list=labeled_list, seed=seed)
+    dataset = complete.with_labeled(budget.labeled)
+    _report_cases(complete, dataset, budget)
+    sentences, embeddings = _embed(dataset.dataset_json, prompts, options.text_encoder)
+    plans_name = options.plans_name or f"{planner_class.plans_prefix}{budget.name}"
+    job = PlanningJob(dataset, budget, plans_name, sentences, embeddings)
+    _refuse_foreign_plans(job.preprocessed / f"{plans_name}.json")
+    return job
+
+
+def _run(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLPlanningMixin]) -> Path:
+    _check_integrity(job, options)
+    plans = _plan(job, options, planner_class)
+    file = job.preprocessed / f"{job.plans_name}.json"
+    old = read_json_if_valid(file)
+    copy_file(job.dataset.folder / "dataset.json", job.preprocessed / "dataset.json")
+    write_json(plans, file)
+    state = "written" if old is None else "unchanged" if old == plans else "replaced by different ones"
+    logger.info("Plans %s: %s", state, file)
+    for name, configuration in plans["configurations"].items():
+        patch, batch = configuration["patch_size"], configuration["batch_size"]
+        logger.info("  %s: patch %s, batch %d, spacing %s", name, patch, batch, configuration["spacing"])
+    if options.preprocess:
+        _preprocess(job, plans, options)
+    return file
+
+
+def _check_integrity(job: PlanningJob, options: PlanningOptions) -> None:
+    if not options.verify:
+        raise_if_any(job.dataset.problems, job.dataset.name)
+        return
+    from lgssl_nnunet.plans.integrity import check_integrity
+
+    passed_file = job.preprocessed / "integrity.manifest.json"
+    if options.clean:
+        passed_file.unlink(missing_ok=True)
+    check_integrity(
+        job.dataset,
+        passed_file=passed_file,
+        num_processes=options.num_processes_fingerprint,
+        progress=options.progress,
+    )
+
+
+def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:
+    """Return the complete plans: nnU-Net's part and the block of this package."""
+    from lgssl_nnunet.plans.fingerprint import dataset_fingerprint
+    from lgssl_nnunet.plans.planner import make_plans
+
+    fingerprint = dataset_fingerprint(
+        job.dataset,
+        job.preprocessed / f"dataset_fingerprint_{job.plans_name}.json",
+        clean=options.clean,
+        num_processes=options.num_processes_fingerprint,
+        progress=options.progress,
+    )
+    plans = make_plans(
+        job.dataset,
+        fingerprint,
+        planner_class,
+        job.plans_name,
+        preprocessor_name=options.preprocessor_name,
+        gpu_memory_target=options.gpu_memory_target,
+        overwrite_target_spacing=options.overwrite_target_spacing,
+    )
+    plans["lgssl"] = _lgssl_block(job, plans, planner_class)
+    return plans
+
+
+def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:
+    from lgssl_nnunet.plans.sidedness import mirroring_axes
+
+    axes = mirroring_axes(
+        [[prompt.class_name for prompt in job.prompts], [prompt.sentence for prompt in job.prompts]],
+        {name: case.images[0] for name, case in job.dataset.cases.items()},
+        plans["image_reader_writer"],
+        plans["transpose_forward"],
+    )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "split": {
+            "labeled": sorted(job.dataset.labeled),
+            "unlabeled": sorted(job.dataset.unlabeled),
+            "validation": [],
+            "test": list(job.dataset.test),
+        },
+        "draw_seed": job.budget.seed,
+        "schedule": dict(planner_class.schedule),
+        "text": {
+            "encoder": job.embeddings.encoder,
+            "prompts": list(job.embeddings.prompts),
+            "embeddings": [[float(value) for value in row] for row in job.embeddings.embeddings],
+            "sha256": job.embeddings.sha256,
+        },
+        "mirroring_axes": axes,
+    }
+
+
+def _preprocess(job: PlanningJob, plans: dict[str, Any], options: PlanningOptions) -> None:
+    from lgssl_nnunet.plans.preprocessing import copy_labels, preprocess_configuration
+
+    planned = plans["configurations"]
+    if not any(name in planned for name in options.configurations):
+        raise PlansError(
+            f"{job.plans_name} has no configuration {' or '.join(options.configurations)}; "
+            f"it has {', '.join(planned)}: give one of these with -c."
+        )
+    copy_labels(job.dataset, job.preprocessed)
+    for name, processes in zip(options.configurations, options.num_processes, strict=True):
+        if name not in planned:
+            logger.info("%s: not in %s, skipped.", name, job.plans_name)
+            continue
+        preprocess_configuration(
+            job.dataset,
+            plans,
+            name,
+            job.preprocessed,
+            clean=options.clean,
+            num_processes=processes,
+            progress=options.progress,
+            verbose=options.verbose,
+        )
+
+
+def _embed(
+    dataset_json: dict[str, Any], prompts: Path | str | None, encoder: str
+) -> tuple[list[Prompt], PromptEmbeddings]:
+    from lgssl_nnunet.text.encoders import embed_prompts
+    from lgssl_nnunet.text.prompts import build_prompts, load_prompt_file
+
+    overrides = None if prompts is None else load_prompt_file(prompts)
+    sentences = build_prompts(dataset_json, overrides)
+    return sentences, embed_prompts(sentences, encoder)
+
+
+def _report_cases(complete: RawDataset, dataset: RawDataset, budget: Budget) -> None:
+    logger.info(
+        "%s: found %d labelled, %d unlabelled and %d test cases.",
+        complete.name,
+        len(complete.labeled),
+        len(complete.unlabeled),
+        len(complete.test),
+    )
+    logger.info(
+        "Budget: %s; planning with %d labelled and %d unlabelled cases.",
+        budget.description,
+        len(dataset.labeled),
+        len(dataset.unlabeled),
+    )
+    if not dataset.unlabeled:
+        logger.warning(
+            "%s has no unlabelled case: only SupervisedTrainer can train on these plans. Put images into imagesUn, or "
+            "use --labeled N to treat labelled cases as unlabelled.",
+            complete.name,
+        )
+
+
+def _refuse_foreign_plans(file: Path) -> None:
+    if file.exists() and "lgssl" not in (read_json_if_valid(file) or {}):
+        raise UsageError(f"{file}: not written by lgssl_plan_and_preprocess; choose another -overwrite_plans_name.")
+
+
+def _check_options(options: PlanningOptions) -> type[LGSSLPlanningMixin]:
+    """Refuse what cannot work, before any dataset is looked at, and return the planner."""
+    name = options.plans_name
+    if name is not None and (not name or Path(name).name != name or name.endswith(".json")):
+        raise UsageError(f"-overwrite_plans_name {name}: give a plain name without folder and file ending.")
+    _check_configurations(options.configurations)
+    _check_target_spacing(options.overwrite_target_spacing)
+    if options.num_processes_fingerprint < 0:
+        raise UsageError(f"-npfp {options.num_processes_fingerprint}: give a number of processes, 0 for none.")
+    if options.gpu_memory_target is not None and not options.gpu_memory_target > 0:
+        raise UsageError(f"-gpu_memory_target {options.gpu_memory_target}: give a positive number of GB.")
+    from lgssl_nnunet.plans.planner import find_planner
+
+    planner_class = find_planner(options.planner)
+    if options.gpu_memory_target is not None and not planner_class.accepts_memory_target:
+        raise UsageError(f"-gpu_memory_target has no meaning for {options.planner}; leave it out or use LGSSLPlanner.")
+    _check_preprocessor(options.preprocessor_name)
+    return planner_class
+
+
+def _check_configurations(configurations: Sequence[str]) -> None:
+    for name in configurations:
+        if name == "3d_cascade_fullres":
+            raise UsageError("3d_cascade_fullres is not supported yet; use 3d_fullres or 3d_lowres.")
+        if name not in CONFIGURATIONS:
+            near = difflib.get_close_matches(name, CONFIGURATIONS, n=1, cutoff=0) or CONFIGURATIONS
+            raise UsageError(f"-c {name}: no such configuration; did you mean {near[0]}?")
+    if not configurations or len(set(configurations)) != len(configurations):
+        raise UsageError(f"-c: give one or more of {', '.join(CONFIGURATIONS)}, each once.")
+
+
+def _check_target_spacing(spacing: Sequence[float] | None) -> None:
+    if spacing is not None and (len(spacing) != 3 or not all(length > 0 for length in spacing)):
+        shown = " ".join(str(length) for length in spacing)
+        raise UsageError(f"-overwrite_target_spacing {shown}: give three positive numbers in mm (z y x).")
+
+
+def _check_preprocessor(name: str) -> None:
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = os.path.join(nnunetv2.__path__[0], "preprocessing")
+    if recursive_find_python_class(folder, name, "nnunetv2.preprocessing") is None:
+        raise UsageError(f"-preprocessor_name {name}: nnU-Net has no such class; did you mean DefaultPreprocessor?")
+
+
+def _processes(number: int | Sequence[int] | None, configurations: Sequence[str]) -> tuple[int, ...]:
+    if number is None:
+        return tuple(_cores(DEFAULT_PROCESSES.get(name, 4)) for name in configurations)
+    numbers = (number,) if isinstance(number, int) else tuple(number)
+    if len(numbers) == 1:
+        numbers *= len(configurations)
+    if len(numbers) != len(configurations) or any(count < 0 for count in numbers):
+        raise UsageError(f"-np: give one number of processes, or one for each of {', '.join(configurations)}.")
+    return numbers
+
+
+def _cores(limit: int) -> int:
+    return min(limit, os.cpu_count() or 1)

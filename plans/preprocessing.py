@@ -1,0 +1,268 @@
+"""Preprocessing of labelled and unlabelled cases, by nnU-Net's preprocessor, redone only where something has changed.
+
+On disk, in the folder of the dataset in `nnUNet_preprocessed`:
+
+- `<data_identifier>/`: the labelled cases, exactly as nnU-Net writes them;
+- `<data_identifier>_unlabeled/`: `CASE.b2nd` and `CASE.pkl` of the unlabelled ones, image only;
+- `<data_identifier>.manifest.json`: from which files and settings each case was made;
+- `gt_segmentations/`: copies of the labels of labelled cases, for validation.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from lgssl_nnunet.plans.cases import Case, RawDataset
+from lgssl_nnunet.plans.files import (
+    content_hash,
+    copy_file,
+    environment,
+    file_signature,
+    read_json_if_valid,
+    write_json,
+)
+from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
+from lgssl_nnunet.plans.problems import Problem, raise_if_any
+
+logger = logging.getLogger(__name__)
+
+LABELED_SUFFIXES = (".b2nd", "_seg.b2nd", ".pkl")
+UNLABELED_SUFFIXES = (".b2nd", ".pkl")
+_SECONDS_BETWEEN_MANIFESTS = 10.0
+_PLANS_KEYS = (
+    "image_reader_writer",
+    "transpose_forward",
+    "foreground_intensity_properties_per_channel",
+    "label_manager",
+)
+_CONFIGURATION_KEYS = (
+    "preprocessor_name",
+    "patch_size",  # decides the chunks on disk
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+)
+_DATASET_KEYS = ("labels", "regions_class_order", "channel_names")
+
+
+@dataclass(frozen=True)
+class CaseFolders:
+    """Where the cases of one configuration lie."""
+
+    labeled: Path
+    unlabeled: Path
+    unfinished: Path
+    manifest: Path
+
+    @classmethod
+    def of(cls, preprocessed: Path, data_identifier: str) -> CaseFolders:
+        """Return the folders of a data identifier in a dataset's preprocessed folder."""
+        return cls(
+            labeled=preprocessed / data_identifier,
+            unlabeled=preprocessed / f"{data_identifier}_unlabeled",
+            unfinished=preprocessed / f"{data_identifier}.unfinished",
+            manifest=preprocessed / f"{data_identifier}.manifest.json",
+        )
+
+    def files(self, identifier: str, is_labeled: bool) -> list[Path]:
+        """Return the files of one preprocessed case."""
+        folder = self.labeled if is_labeled else self.unlabeled
+        suffixes = LABELED_SUFFIXES if is_labeled else UNLABELED_SUFFIXES
+        return [folder / f"{identifier}{suffix}" for suffix in suffixes]
+
+
+def preprocess_configuration(
+    dataset: RawDataset,
+    plans: dict[str, Any],
+    configuration: str,
+    preprocessed: Path,
+    *,
+    clean: bool = False,
+    num_processes: int = 0,
+    progress: bool = True,
+    verbose: bool = False,
+) -> int:
+    """Preprocess the new and changed cases of one configuration and remove those that no longer belong.
+
+    Args:
+        dataset: the raw dataset with the budget applied.
+        plans: content of the plans file.
+        configuration: name of a configuration in the plans.
+        preprocessed: the dataset's folder in `nnUNet_preprocessed`.
+        clean: preprocess every case again.
+        num_processes: worker processes; 0 for none.
+        progress: show a progress bar.
+        verbose: let nnU-Net's preprocessor print what it does.
+
+    Returns:
+        Number of cases that were preprocessed now.
+
+    Raises:
+        DatasetError: names every case that failed; the others are done and kept.
+    """
+    folders = CaseFolders.of(preprocessed, plans["configurations"][configuration]["data_identifier"])
+    keys = _case_keys(dataset, plans, configuration)
+    done = {} if clean else _finished_cases(folders, dataset, keys)
+    todo = {name: case for name, case in dataset.cases.items() if name not in done}
+    _prepare_folders(folders, dataset)
+    write_json(done, folders.manifest)
+    logger.info("%s: %d cases to preprocess, %d unchanged.", configuration, len(todo), len(done))
+    tasks = {name: (case, folders, plans, configuration, dataset.dataset_json, verbose) for name, case in todo.items()}
+    failures: dict[str, CaseFailure] = {}
+    last_written = time.monotonic()
+    try:
+        for name, result in run_cases(
+            preprocess_case,
+            tasks,
+            num_processes=num_processes,
+            description=f"Preprocessing {configuration}",
+            progress=progress,
+            quiet=not verbose,
+        ):
+            if isinstance(result, CaseFailure):
+                failures[name] = result
+                continue
+            done[name] = keys[name]
+            if time.monotonic() - last_written > _SECONDS_BETWEEN_MANIFESTS:
+                write_json(done, folders.manifest)
+                last_written = time.monotonic()
+    finally:
+        write_json(dict(sorted(done.items())), folders.manifest)
+        shutil.rmtree(folders.unfinished, ignore_errors=True)
+    _raise_failures(failures, dataset.name)
+    return len(todo)
+
+
+def preprocess_case(
+    case: Case,
+    folders: CaseFolders,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    verbose: bool = False,
+) -> None:
+    """Preprocess one case into temporary files and move them to their place."""
+    plans_manager = PlansManager(plans)
+    configuration_manager = plans_manager.get_configuration(configuration)
+    preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
+    images = [str(path) for path in case.images]
+    unfinished = str(folders.unfinished / case.identifier)
+    # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
+    with environment({"BLOSC_NTHREADS": "1"}):
+        if case.label is not None:
+            preprocessor.run_case_save(
+                unfinished, images, str(case.label), plans_manager, configuration_manager, dataset_json
+            )
+        else:
+            data, mask, properties = preprocessor.run_case(
+                images, None, plans_manager, configuration_manager, dataset_json
+            )
+            _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
+    for target in folders.files(case.identifier, case.label is not None):
+        os.replace(folders.unfinished / target.name, target)
+
+
+def copy_labels(dataset: RawDataset, preprocessed: Path) -> None:
+    """Copy the labels of the labelled cases to `gt_segmentations`, where nnU-Net's validation looks for them.
+
+    Labels of other plans of the same dataset stay; an unchanged copy is left alone.
+    """
+    folder = preprocessed / "gt_segmentations"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, case in dataset.labeled.items():
+        target = folder / f"{name}{dataset.file_ending}"
+        if not target.exists() or file_signature(target)[1:] != file_signature(case.label)[1:]:
+            copy_file(case.label, target)
+
+
+def _save_image(data: np.ndarray, mask: np.ndarray, properties: dict, unfinished: str, patch_size: tuple) -> None:
+    """Save an image (C, X, Y, Z) as nnU-Net does; its function wants a segmentation, which is not kept."""
+    data, mask = data.astype(np.float32, copy=False), mask.astype(np.int16, copy=False)
+    blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
+    mask_blocks, mask_chunks = comp_blosc2_params(mask.shape, patch_size, mask.itemsize)
+    nnUNetDatasetBlosc2.save_case(
+        data,
+        mask,
+        properties,
+        unfinished,
+        chunks=chunks,
+        blocks=blocks,
+        chunks_seg=mask_chunks,
+        blocks_seg=mask_blocks,
+    )
+    os.remove(f"{unfinished}_seg.b2nd")
+
+
+def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str) -> dict[str, dict[str, Any]]:
+    """Return by case what its preprocessed files depend on."""
+    planned = plans["configurations"][configuration]
+    settings = content_hash(
+        [
+            {key: plans.get(key) for key in _PLANS_KEYS},
+            {key: planned.get(key) for key in _CONFIGURATION_KEYS},
+            {key: dataset.dataset_json.get(key) for key in _DATASET_KEYS},
+            version("nnunetv2"),
+        ]
+    )
+    return {
+        name: {
+            "labeled": case.label is not None,
+            "images": [file_signature(path) for path in case.images],
+            "label": file_signature(case.label) if case.label is not None else None,
+            "settings": settings,
+        }
+        for name, case in dataset.cases.items()
+    }
+
+
+def _finished_cases(folders: CaseFolders, dataset: RawDataset, keys: Mapping[str, dict]) -> dict[str, dict]:
+    manifest = read_json_if_valid(folders.manifest)
+    if not isinstance(manifest, dict):
+        return {}
+    return {
+        name: keys[name]
+        for name, case in dataset.cases.items()
+        if manifest.get(name) == keys[name]
+        and all(file.exists() for file in folders.files(name, case.label is not None))
+    }
+
+
+def _prepare_folders(folders: CaseFolders, dataset: RawDataset) -> None:
+    """Create the folders and remove the files of cases that are no longer labelled, or unlabelled, or there at all."""
+    shutil.rmtree(folders.unfinished, ignore_errors=True)
+    folders.unfinished.mkdir(parents=True)
+    for folder, cases, is_labeled in (
+        (folders.labeled, dataset.labeled, True),
+        (folders.unlabeled, dataset.unlabeled, False),
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        expected = {file for name in cases for file in folders.files(name, is_labeled)}
+        for file in folder.iterdir():
+            if file.is_file() and file not in expected:
+                file.unlink()
+
+
+def _raise_failures(failures: Mapping[str, CaseFailure], dataset_name: str) -> None:
+    for name in sorted(failures):
+        logger.debug("Preprocessing of %s failed:\n%s", name, failures[name].details)
+    remedy = "repair the case and run the command again (the others are kept)"
+    raise_if_any(
+        [Problem(name, f"preprocessing failed ({failures[name].reason})", remedy) for name in sorted(failures)],
+        dataset_name,
+    )

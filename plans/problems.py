@@ -1,0 +1,44 @@
+"""Problems found in a dataset, collected so that a person sees all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lgssl_nnunet.errors import DatasetError
+
+MAX_LISTED = 50
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a dataset.
+
+    Attributes:
+        file: file or folder concerned.
+        problem: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    file: str
+    problem: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}; {self.remedy}."
+
+
+def raise_if_any(problems: Iterable[Problem], dataset_name: str) -> None:
+    """Raise one error that lists the problems, one line each.
+
+    Raises:
+        DatasetError: there is at least one problem; at most `MAX_LISTED` are listed, the rest is counted.
+    """
+    problems = list(problems)
+    if not problems:
+        return
+    lines = [f"{dataset_name} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
+    lines += [f"  {problem}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        lines.append(f"  ... and {len(problems) - MAX_LISTED} more.")
+    raise DatasetError("\n".join(lines))

@@ -1,0 +1,117 @@
+"""Left and right: which mirroring would turn one class into another.
+
+nnU-Net mirrors patches along every axis, in training and in prediction. A left kidney then looks like a right one, and
+a prompt that says "left" is wrong. Where dataset.json has both sides of a structure, mirroring along the left-right
+axis is switched off; which array axis that is comes from the direction stored in the images.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+logger = logging.getLogger(__name__)
+
+_OPPOSITE = {"left": "right", "l": "r", "lh": "rh", "lt": "rt"}
+_OPPOSITE |= {right: left for left, right in _OPPOSITE.items()}
+_READERS_WITH_DIRECTION = ("SimpleITKIO", "NibabelIO")
+_READERS_THAT_REORIENT = ("SimpleITKIOWithReorient", "NibabelIOWithReorient")
+_MIN_COSINE = 0.75
+"""A left-right axis must lie within about 40 degrees of one array axis; mirroring is meaningless otherwise."""
+
+
+def sided_pairs(texts: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs of texts that differ only in the side, such as ("left kidney", "right kidney").
+
+    Args:
+        texts: class names or prompts. "left atrium" alone makes no pair.
+    """
+    by_words = {_words(text): text for text in texts}
+    pairs = []
+    for words, text in by_words.items():
+        other = tuple(_OPPOSITE.get(word, word) for word in words)
+        if other != words and other in by_words and words < other:
+            pairs.append((text, by_words[other]))
+    return pairs
+
+
+def left_right_axis(image: Path, reader: str) -> int | None:
+    """Return the array axis (0, 1, 2 as nnU-Net's reader orders them) that runs from left to right in the patient.
+
+    Only the header is read. None: the format stores no direction, or no axis is close to left-right.
+    """
+    if reader in _READERS_THAT_REORIENT:
+        return 2
+    if reader not in _READERS_WITH_DIRECTION:
+        return None
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(image))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:
+        return None
+    dimension = header.GetDimension()
+    if dimension < 3:
+        return None
+    left_right = np.abs(np.reshape(header.GetDirection(), (dimension, dimension))[0, :3])
+    index_axis = int(np.argmax(left_right))
+    if left_right[index_axis] < _MIN_COSINE:
+        return None
+    return 2 - index_axis  # index order is x, y, z and array order z, y, x
+
+
+def mirroring_axes(
+    texts: Sequence[Sequence[str]], images: Mapping[str, Path], reader: str, transpose_forward: Sequence[int]
+) -> list[int] | None:
+    """Return the axes along which mirroring is allowed, and say why.
+
+    Args:
+        texts: lists of texts to look for sides in, each for itself (class names, prompts).
+        images: one image per case; all must agree.
+        reader: name of nnU-Net's reader class.
+        transpose_forward: axis order of the plans.
+
+    Returns:
+        None if no structure has two sides (nnU-Net's default applies), else axes in transposed array order.
+    """
+    pairs = [pair for group in texts for pair in sided_pairs(group)]
+    if not pairs:
+        return None
+    example = " and ".join(f"'{text}'" for text in pairs[0])
+    found = {name: left_right_axis(path, reader) for name, path in images.items()}
+    axes = sorted(set(found.values()), key=str)
+    if len(axes) != 1:
+        by_axis = "; ".join(_describe(axis, found) for axis in axes)
+        logger.warning(
+            "Classes have sides (%s), but the left-right axis differs between images (%s): mirroring is switched off "
+            "along all axes. Bring the images to one orientation to get it back.",
+            example,
+            by_axis,
+        )
+        return []
+    if axes[0] is None:
+        logger.warning(
+            "Classes have sides (%s), but the images do not say which axis is left-right: mirroring is switched off "
+            "along all axes.",
+            example,
+        )
+        return []
+    blocked = list(transpose_forward).index(axes[0])
+    logger.info("Classes have sides (%s): no mirroring along the left-right axis (axis %d).", example, blocked)
+    return [axis for axis in range(3) if axis != blocked]
+
+
+def _describe(axis: int | None, found: Mapping[str, int | None]) -> str:
+    cases = sorted(name for name, value in found.items() if value == axis)
+    shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
+    return f"{'unknown' if axis is None else f'array axis {axis}'} in {shown}"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    return tuple(re.findall(r"[a-z0-9]+", spaced.lower()))

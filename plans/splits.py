@@ -1,0 +1,101 @@
+"""Which labelled cases belong to the budget.
+
+A draw takes the first N cases of one permutation of the labelled cases. The permutation is the order of
+`sha256("seed:case")`, so draws with one seed are nested (the 4 are among the 8), and a case that is added to the
+dataset or removed from it does not reorder the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lgssl_nnunet.errors import SplitError, UsageError
+from lgssl_nnunet.plans.cases import RawDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The labelled cases that may be used, and how they were chosen.
+
+    Attributes:
+        labeled: identifiers, sorted.
+        seed: seed of the draw; 0 if nothing was drawn.
+        name: what the budget adds to the name of the plans, such as `_labeled8_s1`.
+        description: the choice in words.
+    """
+
+    labeled: tuple[str, ...]
+    seed: int
+    name: str
+    description: str
+
+
+def permute(identifiers: Iterable[str], seed: int) -> list[str]:
+    """Return the identifiers in the order of this seed."""
+    return sorted(identifiers, key=lambda name: (hashlib.sha256(f"{seed}:{name}".encode()).hexdigest(), name))
+
+
+def choose_budget(
+    dataset: RawDataset, *, labeled: int | None = None, labeled_list: Path | str | None = None, seed: int = 0
+) -> Budget:
+    """Choose the labelled cases of a run.
+
+    Args:
+        dataset: the raw dataset.
+        labeled: number of labelled cases to draw.
+        labeled_list: text file with one identifier per line; lines starting with # are skipped.
+        seed: seed of the draw.
+
+    Raises:
+        UsageError: both ways of choosing are given, or the list cannot be read.
+        SplitError: more cases are asked for than are labelled, or a listed case is unknown or has no label.
+    """
+    if labeled is not None and labeled_list is not None:
+        raise UsageError("--labeled and --labeled_list exclude each other; give one of them.")
+    if labeled is not None:
+        return _draw(dataset, labeled, seed)
+    if labeled_list is not None:
+        return _listed(dataset, Path(labeled_list))
+    return Budget(tuple(sorted(dataset.labeled)), 0, "", "all labelled cases")
+
+
+def _draw(dataset: RawDataset, number: int, seed: int) -> Budget:
+    available = len(dataset.labeled)
+    if number < 1:
+        raise SplitError(f"--labeled {number}: at least one labelled case is needed.")
+    if number > available:
+        raise SplitError(
+            f"--labeled {number}: {dataset.name} has only {available} labelled cases; "
+            f"ask for at most {available} or add segmentations to labelsTr."
+        )
+    chosen = permute(dataset.labeled, seed)[:number]
+    name = f"_labeled{number}" + (f"_s{seed}" if seed != 0 else "")
+    return Budget(tuple(sorted(chosen)), seed, name, f"{number} of {available} labelled cases drawn with seed {seed}")
+
+
+def _listed(dataset: RawDataset, path: Path) -> Budget:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--labeled_list {path}: the file cannot be read ({error}); give a text file.") from None
+    listed = {line.strip() for line in lines if line.strip() and not line.strip().startswith("#")}
+    if not listed:
+        raise SplitError(f"--labeled_list {path}: the file names no case; write one identifier per line.")
+    unknown = sorted(listed.difference(dataset.cases))
+    if unknown:
+        raise SplitError(f"--labeled_list {path}: {dataset.name} has no case {', '.join(unknown)}; correct the list.")
+    without = sorted(listed.difference(dataset.labeled))
+    if without:
+        raise SplitError(
+            f"--labeled_list {path}: no label file for {', '.join(without)}; "
+            "add it to labelsTr or take the case off the list."
+        )
+    stem = re.sub(r"[^A-Za-z0-9-]+", "-", path.stem).strip("-") or "list"
+    return Budget(tuple(sorted(listed)), 0, f"_{stem}", f"{len(listed)} labelled cases listed in {path.name}")

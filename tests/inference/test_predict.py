@@ -1,0 +1,241 @@
+"""The function behind lgssl_predict: inputs, outputs, the record beside them, and refusals before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from lgssl_nnunet.errors import CheckpointError, DatasetError, UsageError
+from lgssl_nnunet.inference import predict as module
+from lgssl_nnunet.inference.predict import RECORD, PredictionError
+
+NNUNET_FILES = {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fail if a refusal comes only after the network was loaded."""
+
+    def loaded(*arguments, **options):
+        raise AssertionError("the model was loaded before the input was checked")
+
+    monkeypatch.setattr(module, "LGSSLPredictor", loaded)
+
+
+def test_a_folder_is_segmented_in_the_geometry_of_its_images(trained, images, tmp_path, predict_here):
+    written = predict_here(images, tmp_path / "out")
+    assert written == [tmp_path / "out" / "a.nii.gz", tmp_path / "out" / "b.nii.gz"]
+    for name in "ab":
+        image, segmentation = (
+            sitk.ReadImage(str(file)) for file in (images / f"{name}_0000.nii.gz", tmp_path / "out" / f"{name}.nii.gz")
+        )
+        assert segmentation.GetSize() == image.GetSize()
+        assert segmentation.GetSpacing() == pytest.approx(image.GetSpacing())
+        assert segmentation.GetOrigin() == pytest.approx(image.GetOrigin())
+        assert segmentation.GetDirection() == pytest.approx(image.GetDirection())
+        assert set(np.unique(sitk.GetArrayFromImage(segmentation))) <= {0, 1, 2}
+
+
+def test_the_output_folder_says_what_made_it(trained, images, tmp_path, predict_here, caplog):
+    with caplog.at_level("INFO"):
+        predict_here(images, tmp_path / "out", disable_tta=True)
+    assert "Model: Dataset501_Tiny nnUNetTrainer LGSSLCPUPlans 3d_fullres, fold 0" in caplog.text
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"a.nii.gz", "b.nii.gz", RECORD, *NNUNET_FILES}
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["model"]["trainer"] == "nnUNetTrainer"
+    assert record["model"]["folds"] == ["0"]
+    assert record["settings"] == {"precision": "stock", "step_size": 0.5, "mirroring_axes": []}
+    assert {"lgssl_nnunet", "nnunetv2", "torch"} <= set(record["versions"])
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan_0000.nii.gz"])
+def test_one_file_is_segmented_whatever_its_name(trained, image_maker, tmp_path, predict_here, name):
+    file = image_maker(tmp_path / "in" / name)
+    assert predict_here(file, tmp_path / "out") == [tmp_path / "out" / "scan.nii.gz"]
+    assert (tmp_path / "out" / "scan.nii.gz").is_file()
+
+
+def test_lists_of_channel_files_are_segmented_in_the_order_given(model_maker, image_maker, tmp_path, predict_here):
+    model_maker(channels=2)
+    first, second = image_maker(tmp_path / "t1.nii.gz", seed=1), image_maker(tmp_path / "t2.nii.gz", seed=2)
+    image_maker(tmp_path / "in" / "x_0000.nii.gz", seed=1)
+    image_maker(tmp_path / "in" / "x_0001.nii.gz", seed=2)
+    (by_folder,) = predict_here(tmp_path / "in", tmp_path / "folder")
+    (by_list,) = predict_here([[first, second]], tmp_path / "list")
+    assert by_list.name == "t1.nii.gz"
+    assert np.array_equal(*[sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in (by_folder, by_list)])
+
+
+def test_two_dimensional_models_predict_volumes_slice_by_slice(model_maker, images, tmp_path, predict_here):
+    model_maker(configuration="2d", mirroring_axes=(0, 1))
+    for precision in ("stock", "fp32"):
+        assert predict_here(images / "a_0000.nii.gz", tmp_path / precision, precision=precision)[0].is_file()
+
+
+def test_parts_share_the_cases_between_them(trained, images, image_maker, tmp_path, predict_here):
+    image_maker(images / "c_0000.nii.gz", seed=3)
+    first = predict_here(images, tmp_path / "out", num_parts=2, part_id=0, disable_tta=True)
+    second = predict_here(images, tmp_path / "out", num_parts=2, part_id=1, disable_tta=True)
+    assert [file.name for file in (*first, *second)] == ["a.nii.gz", "c.nii.gz", "b.nii.gz"]
+    with pytest.raises(UsageError, match="-part_id 2 must be from 0 to 1"):
+        predict_here(images, tmp_path / "out", num_parts=2, part_id=2)
+
+
+def test_existing_predictions_are_kept_unless_asked_otherwise(trained, images, tmp_path, predict_here):
+    out = tmp_path / "out"
+    predict_here(images, out, disable_tta=True)
+    (out / "a.nii.gz").write_bytes(b"corrected by hand")
+    (out / "b.nii.gz").unlink()
+    with pytest.raises(UsageError, match=r"already holds a.nii.gz: add --continue_prediction .*--overwrite"):
+        predict_here(images, out, disable_tta=True)
+    predict_here(images, out, disable_tta=True, continue_prediction=True)
+    assert (out / "a.nii.gz").read_bytes() == b"corrected by hand"
+    assert (out / "b.nii.gz").is_file()
+    predict_here(images, out, disable_tta=True, overwrite=True)
+    assert (out / "a.nii.gz").read_bytes() != b"corrected by hand"
+    with pytest.raises(UsageError, match="give one"):
+        predict_here(images, out, continue_prediction=True, overwrite=True)
+
+
+def test_continuing_with_probabilities_predicts_cases_that_lack_them(trained, images, tmp_path, predict_here):
+    out = tmp_path / "out"
+    predict_here(images / "a_0000.nii.gz", out, disable_tta=True)
+    predict_here(images, out, disable_tta=True, continue_prediction=True, save_probabilities=True)
+    assert {f"{name}.{kind}" for name in "ab" for kind in ("npz", "pkl")} <= {file.name for file in out.iterdir()}
+
+
+def test_results_of_another_model_or_setting_are_not_mixed_in(trained, images, tmp_path, predict_here):
+    out = tmp_path / "out"
+    predict_here(images / "a_0000.nii.gz", out, disable_tta=True)
+    with pytest.raises(UsageError, match=r"lgssl_prediction\.json comes from another dataset, model or setting"):
+        predict_here(images / "b_0000.nii.gz", out, continue_prediction=True)
+
+
+def test_a_dataset_folder_as_output_is_refused(trained, images, tmp_path, predict_here):
+    out = tmp_path / "Dataset501_Tiny"
+    out.mkdir()
+    (out / "dataset.json").write_text('{"labels": {"background": 0, "something": 1}}')
+    with pytest.raises(UsageError, match=r"dataset\.json comes from another dataset"):
+        predict_here(images, out)
+    assert "something" in (out / "dataset.json").read_text()
+
+
+def test_the_folder_of_the_images_as_output_is_refused(trained, images, predict_here, no_network):
+    with pytest.raises(UsageError, match="is the folder of the images"):
+        predict_here(images, images)
+    with pytest.raises(UsageError, match="is a file; give the folder"):
+        predict_here(images, images.parent / "segmentation.nii.gz")
+
+
+def test_missing_and_surplus_channels_and_wrong_names_are_told_together(
+    model_maker, image_maker, tmp_path, predict_here, no_network
+):
+    model_maker(channels=2)
+    folder = tmp_path / "in"
+    for name in ("good_0000", "good_0001", "half_0001", "many_0000", "many_0001", "many_0002", "nameless"):
+        image_maker(folder / f"{name}.nii.gz")
+    shutil.copy(folder / "nameless.nii.gz", folder / "other.nii")
+    (folder / "readme.txt").write_text("ignored")
+    with pytest.raises(DatasetError) as error:
+        predict_here(folder, tmp_path / "out")
+    message = str(error.value)
+    assert "half: channel _0000.nii.gz (T1) is missing" in message
+    assert "many: the model has 2 channel(s), so _0002.nii.gz" in message
+    assert "nameless.nii.gz: the name has no channel number; rename it, for example to nameless_0000.nii.gz" in message
+    assert "other.nii: the model reads .nii.gz files only" in message
+    assert "good" not in message
+    assert "readme" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_file_for_a_model_with_two_channels_names_the_missing_one(
+    model_maker, image_maker, tmp_path, predict_here, no_network
+):
+    model_maker(channels=2)
+    with pytest.raises(DatasetError, match=r"the model also needs _0001.nii.gz \(T2\); give the folder"):
+        predict_here(image_maker(tmp_path / "x_0000.nii.gz"), tmp_path / "out")
+    with pytest.raises(DatasetError, match=r"1 file\(s\) given, and the model needs the channels T1, T2"):
+        predict_here([[tmp_path / "x_0000.nii.gz"]], tmp_path / "out")
+
+
+def test_channels_of_different_shape_are_refused(model_maker, image_maker, tmp_path, predict_here, no_network):
+    model_maker(channels=2)
+    image_maker(tmp_path / "in" / "x_0000.nii.gz")
+    image_maker(tmp_path / "in" / "x_0001.nii.gz", size=(20, 16, 15))
+    with pytest.raises(DatasetError, match=r"x: the channels differ in shape: x_0000\.nii\.gz 20x16x14, x_0001"):
+        predict_here(tmp_path / "in", tmp_path / "out")
+
+
+def test_unreadable_and_truncated_images_are_told_together(trained, images, tmp_path, predict_here, no_network):
+    whole = (images / "a_0000.nii.gz").read_bytes()
+    (images / "b_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (images / "c_0000.nii.gz").write_bytes(b"this is no image")
+    with pytest.raises(DatasetError, match=r"(?s)b_0000.nii.gz: cannot be read \(truncated.*c_0000.nii.gz: cannot be"):
+        predict_here(images, tmp_path / "out")
+
+
+def test_a_file_joined_from_two_gzip_members_is_no_truncated_file(trained, images, tmp_path, predict_here):
+    import gzip
+
+    unpacked = gzip.decompress((images / "a_0000.nii.gz").read_bytes())
+    (images / "a_0000.nii.gz").write_bytes(gzip.compress(unpacked[:999]) + gzip.compress(unpacked[999:]))
+    assert predict_here(images / "a_0000.nii.gz", tmp_path / "out", disable_tta=True)[0].is_file()
+
+
+def test_a_four_dimensional_image_is_refused(trained, tmp_path, predict_here, no_network):
+    image = sitk.GetImageFromArray(np.zeros((3, 8, 8, 8), dtype=np.float32), isVector=False)
+    sitk.WriteImage(image, str(tmp_path / "x_0000.nii.gz"))
+    with pytest.raises(DatasetError, match="the image has 4 dimensions"):
+        predict_here(tmp_path / "x_0000.nii.gz", tmp_path / "out")
+
+
+def test_nothing_to_predict_is_refused(trained, tmp_path, predict_here, no_network):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"no file ends in \.nii\.gz"):
+        predict_here(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(DatasetError, match="nowhere does not exist"):
+        predict_here(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(DatasetError, match="the list of cases is empty"):
+        predict_here([], tmp_path / "out")
+
+
+def test_two_cases_of_one_name_are_refused(trained, image_maker, tmp_path, predict_here, no_network):
+    files = [[image_maker(tmp_path / patient / "scan_0000.nii.gz")] for patient in ("p1", "p2")]
+    with pytest.raises(DatasetError, match="scan: two cases have this name"):
+        predict_here(files, tmp_path / "out")
+
+
+def test_arguments_that_do_not_fit_are_refused(trained, images, tmp_path, predict_here, no_network):
+    for options, message in (
+        ({"step_size": 0.0}, "-step_size 0.0: it is a fraction"),
+        ({"prev_stage_predictions": "x"}, "belongs to cascades"),
+        ({"model_folder": trained, "dataset": 501}, "leave out -d"),
+        ({"precision": "fp8"}, "--precision fp8 is unknown"),
+        ({"device": "tpu"}, "-device tpu is not a device"),
+        ({"device": "cuda:99"}, "-device cuda:99: torch sees"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            predict_here(images, tmp_path / "out", **options)
+
+
+def test_a_model_folder_can_be_named_and_moved(trained, images, tmp_path, predict_here, monkeypatch):
+    shutil.copytree(trained / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres", tmp_path / "my model")
+    monkeypatch.delenv("nnUNet_results")
+    (written,) = predict_here(images / "a_0000.nii.gz", tmp_path / "out", model_folder=tmp_path / "my model")
+    assert written.is_file()
+
+
+def test_without_any_model_the_message_says_how_to_get_one(results, images, tmp_path, predict_here):
+    with pytest.raises(CheckpointError, match="lgssl_train"):
+        predict_here(images, tmp_path / "out")
+
+
+def test_failed_cases_are_listed_at_the_end(trained, images, tmp_path, predict_here, monkeypatch):
+    monkeypatch.setattr(module.LGSSLPredictor, "predict_files", lambda *a, **k: {"b": "MemoryError"})
+    with pytest.raises(PredictionError, match=r"1 case\(s\) failed, 1 are written:\n  b: MemoryError") as error:
+        predict_here(images, tmp_path / "out")
+    assert error.value.exit_code == 1

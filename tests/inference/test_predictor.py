@@ -1,0 +1,206 @@
+"""The predictor against nnU-Net's own, voxel for voxel, and what it refuses to load."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from concurrent.futures.process import BrokenProcessPool
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from lgssl_nnunet.errors import CheckpointError, UsageError
+from lgssl_nnunet.inference import predictor as module
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor
+
+CPU = torch.device("cpu")
+
+
+def load(folder, folds=(0,), **options) -> LGSSLPredictor:
+    predictor = LGSSLPredictor(CPU, progress=False, **options)
+    predictor.load_model(folder, folds)
+    return predictor
+
+
+def cases_in(images, output) -> list[Case]:
+    return [
+        Case(name, (images / f"{name}_0000.nii.gz",), output / f"{name}.nii.gz")
+        for name in sorted(file.name.removesuffix("_0000.nii.gz") for file in images.iterdir())
+    ]
+
+
+def voxels(file) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1,), None])
+def test_stock_precision_gives_nnunets_voxels_and_probabilities(model_maker, images, tmp_path, axes):
+    folder = model_maker(folds=(0, 1), mirroring_axes=axes)
+    theirs = nnUNetPredictor(device=CPU, allow_tqdm=False)
+    theirs.initialize_from_trained_model_folder(str(folder), (0, 1))
+    (tmp_path / "theirs").mkdir()
+    files = [[str(images / "a_0000.nii.gz")], [str(images / "b_0000.nii.gz")]]
+    theirs.predict_from_files_sequential(files, str(tmp_path / "theirs"), save_probabilities=True)
+    ours = load(folder, folds=(0, 1))
+    assert ours.predict_files(cases_in(images, tmp_path / "ours"), save_probabilities=True) == {}
+    for name in "ab":
+        assert len(np.unique(voxels(tmp_path / "ours" / f"{name}.nii.gz"))) > 1
+        assert np.array_equal(*[voxels(tmp_path / who / f"{name}.nii.gz") for who in ("ours", "theirs")])
+        assert np.array_equal(*[np.load(tmp_path / who / f"{name}.npz")["probabilities"] for who in ("ours", "theirs")])
+
+
+def test_fp32_logits_equal_a_plain_loop_over_windows_and_mirrors(one_fold):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    predictor = load(folder, precision="fp32")
+    image = torch.randn(1, 16, 16, 24)
+    flips = [f for n in range(4) for f in itertools.combinations((2, 3, 4), n)]
+    network = predictor.network.eval()
+    window = module.compute_gaussian((16, 16, 16), dtype=torch.float32, device=CPU)
+    total, weight = torch.zeros(3, 16, 16, 24), torch.zeros(16, 16, 24)
+    with torch.no_grad():
+        for start in (0, 8):
+            patch = image[None, ..., start : start + 16]
+            mean = sum(network(patch.flip(flip)).flip(flip) for flip in flips)[0] / len(flips)
+            total[..., start : start + 16] += mean * window
+            weight[..., start : start + 16] += window
+    logits = predictor.predict_logits_from_preprocessed_data(image)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, total / weight, atol=1e-5)
+
+
+def test_fp32_is_near_stock(one_fold):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    image = torch.randn(1, 18, 16, 16)
+    stock, fp32 = (
+        load(folder, precision=p).predict_logits_from_preprocessed_data(image).float() for p in ("stock", "fp32")
+    )
+    assert not torch.equal(stock, fp32)
+    # In the corners of the image the window's weight is so small that fp16 keeps one or two digits of it.
+    assert torch.allclose(stock[:, 4:-4, 4:-4, 4:-4], fp32[:, 4:-4, 4:-4, 4:-4], atol=2e-2)
+
+
+def test_several_folds_average_their_logits(model_maker):
+    folder = model_maker(folds=(0, 1))
+    image = torch.randn(1, 16, 16, 16)
+    both, first, second = (
+        load(folder, folds, precision="fp32").predict_logits_from_preprocessed_data(image)
+        for folds in ((0, 1), (0,), (1,))
+    )
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert torch.allclose(both, (first + second) / 2, atol=1e-5)
+
+
+def test_an_empty_list_of_mirroring_axes_means_no_mirroring(model_maker):
+    folder = model_maker(mirroring_axes=())
+    for precision in ("stock", "fp32"):
+        predictor = load(folder, precision=precision)
+        assert predictor.allowed_mirroring_axes is None
+        assert predictor.predict_logits_from_preprocessed_data(torch.randn(1, 16, 16, 16)).shape == (3, 16, 16, 16)
+
+
+def test_bf16_is_refused_where_it_is_emulated_and_near_fp32_where_it_is_not(one_fold, monkeypatch):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: False)
+    with pytest.raises(UsageError, match="cpu has no bfloat16 arithmetic"):
+        load(folder, precision="bf16")
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: True)
+    image = torch.randn(1, 16, 16, 16)
+    bf16, fp32 = (load(folder, precision=p).predict_logits_from_preprocessed_data(image) for p in ("bf16", "fp32"))
+    assert bf16.dtype == torch.float32
+    assert not torch.equal(bf16, fp32)
+    assert torch.allclose(bf16, fp32, atol=0.1)
+
+
+def test_an_unknown_precision_names_the_known_ones():
+    with pytest.raises(UsageError, match="use stock, fp32, bf16"):
+        LGSSLPredictor(CPU, precision="half")
+
+
+def test_a_failing_case_is_named_and_the_others_are_written(one_fold, images, image_maker, tmp_path, caplog):
+    bad = image_maker(images / "c_0000.nii.gz", seed=3)
+    voxels_of_bad = np.zeros((16, 16, 16), dtype=np.float32)
+    voxels_of_bad[3, 3, 3] = np.nan  # ITK reads NaN in NIfTI files as 0, so this must be found another way
+    nibabel.save(nibabel.Nifti1Image(voxels_of_bad, np.eye(4)), bad)
+    image_maker(images / "d_0000.nii.gz", seed=4)
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    with caplog.at_level(logging.ERROR):
+        failures = load(folder).predict_files(cases_in(images, tmp_path / "out"))
+    assert list(failures) == ["c"]
+    assert "1 voxels are NaN or infinite" in failures["c"]
+    assert "Case c failed" in caplog.text
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz", "d.nii.gz"]
+
+
+def test_an_export_that_fails_leaves_no_partial_file(one_fold, images, tmp_path, monkeypatch):
+    def fail(*arguments):
+        (tmp_path / "out").joinpath("seen").touch()
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(module, "export_prediction_from_logits", fail)
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    failures = load(folder).predict_files(cases_in(images, tmp_path / "out"))
+    assert failures == {"a": "MemoryError: no room", "b": "MemoryError: no room"}
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["seen"]
+
+
+def test_cases_that_a_dead_worker_left_undone_are_named_with_the_remedy(one_fold, images, tmp_path, monkeypatch):
+    class Dead(module._InProcess):
+        def submit(self, *arguments):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(module, "_executor", lambda workers: Dead())
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    failures = load(folder).predict_files(cases_in(images, tmp_path / "out"))
+    assert list(failures) == ["a", "b"]
+    assert "a worker process died" in failures["a"]
+    assert "-npp and -nps" in failures["a"]
+
+
+def test_a_worker_gets_the_predictor_without_its_weights(one_fold):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    predictor = load(folder)
+    state = predictor.__getstate__()
+    assert state["network"] is None
+    assert state["list_of_parameters"] is None
+    assert predictor.network is not None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "plans.json").unlink(), "plans.json is missing"),
+        (lambda f: (f / "dataset.json").write_text("{"), "not readable as JSON"),
+        (lambda f: (f / "fold_0" / "checkpoint_final.pth").unlink(), "checkpoint_final.pth is missing"),
+        (lambda f: (f / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK"), "cannot be read"),
+        (lambda f: torch.save({"weights": 1}, f / "fold_0" / "checkpoint_final.pth"), "no trainer_name and no init_"),
+    ],
+)
+def test_a_damaged_model_folder_is_refused_in_a_sentence(model_maker, damage, message):
+    folder = model_maker()
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_weights_that_do_not_fit_the_plans_name_the_file(model_maker):
+    folder = model_maker()
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 12]
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(CheckpointError, match=r"checkpoint_final\.pth do not fit the network"):
+        load(folder)
+
+
+def test_an_unknown_trainer_is_refused(model_maker):
+    with pytest.raises(UsageError, match="LGSSLTrainr"):
+        load(model_maker(trained_by="LGSSLTrainr"))
+
+
+def test_a_cascade_is_refused(model_maker):
+    with pytest.raises(UsageError, match="second stage of a cascade"):
+        load(model_maker(configuration="3d_cascade_fullres"))

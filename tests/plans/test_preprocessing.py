@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import pickle
+
+import blosc2
+import numpy as np
+import pytest
+
+from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.plans import preprocessing
+
+
+@pytest.fixture
+def preprocessed(data_root):
+    return data_root / "nnUNet_preprocessed" / "Dataset901_Tiny"
+
+
+@pytest.fixture
+def redone(monkeypatch):
+    """The cases that were preprocessed, in order."""
+    names = []
+    original = preprocessing.preprocess_case
+    monkeypatch.setattr(
+        preprocessing, "preprocess_case", lambda case, *rest: names.append(case.identifier) or original(case, *rest)
+    )
+    return names
+
+
+def names_in(folder) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_labelled_and_unlabelled_cases_land_in_their_folders(raw_dataset, plan_tiny, preprocessed):
+    raw_dataset(labeled=2, unlabeled=1, in_images_un=1)
+    plan_tiny()
+    labeled, unlabeled = (preprocessed / f"LGSSLCPUPlans_3d_fullres{suffix}" for suffix in ("", "_unlabeled"))
+    assert names_in(labeled) == {
+        f"lab_{case}{ending}" for case in ("00", "01") for ending in (".b2nd", "_seg.b2nd", ".pkl")
+    }
+    assert names_in(unlabeled) == {f"{case}{ending}" for case in ("unl_00", "more_00") for ending in (".b2nd", ".pkl")}
+    assert names_in(preprocessed / "gt_segmentations") == {"lab_00.nii.gz", "lab_01.nii.gz"}
+    properties = pickle.loads((unlabeled / "unl_00.pkl").read_bytes())
+    assert "class_locations" not in properties
+    assert {"spacing", "shape_before_cropping", "bbox_used_for_cropping"} <= set(properties)
+    assert set(pickle.loads((labeled / "lab_00.pkl").read_bytes())["class_locations"]) == {1, 2}
+
+
+def test_an_unlabelled_image_is_preprocessed_like_a_labelled_one(raw_dataset, plan_tiny, preprocessed):
+    raw_dataset(labeled=2, unlabeled=0, in_images_un=0, channels=2)
+    plan_tiny(overwrite_plans_name="Both")
+    settings = json.loads((preprocessed / "Both.json").read_text())["foreground_intensity_properties_per_channel"]
+    plan_tiny(overwrite_plans_name="One", labeled=1)
+    one = json.loads((preprocessed / "One.json").read_text())
+    assert one["foreground_intensity_properties_per_channel"] != settings  # channel 0 is CT: normalised with these
+    (case,) = one["lgssl"]["split"]["unlabeled"]
+    labeled = blosc2.open(str(preprocessed / "Both_3d_fullres" / f"{case}.b2nd"))
+    unlabeled = blosc2.open(str(preprocessed / "One_3d_fullres_unlabeled" / f"{case}.b2nd"))
+    assert labeled.shape == unlabeled.shape
+    assert (labeled.dtype, labeled.chunks, labeled.blocks) == (unlabeled.dtype, unlabeled.chunks, unlabeled.blocks)
+    np.testing.assert_array_equal(labeled[1], unlabeled[1])  # channel 1 is MRI: normalised by itself
+
+
+def test_only_new_and_changed_cases_are_preprocessed_again(raw_dataset, plan_tiny, preprocessed, redone):
+    writer = raw_dataset(labeled=2, unlabeled=1, in_images_un=0, channel_names={"0": "MRI"})
+    plan_tiny()
+    plan_tiny()
+    assert redone == ["lab_00", "lab_01", "unl_00"]
+    redone.clear()
+    writer.add("zz_new", labeled=False)
+    writer.image_file("unl_00").touch()
+    (preprocessed / "LGSSLCPUPlans_3d_fullres" / "lab_01.pkl").unlink()
+    plan_tiny()
+    assert redone == ["lab_01", "unl_00", "zz_new"]
+
+
+def test_cases_that_changed_sides_or_vanished_leave_no_files(raw_dataset, plan_tiny, preprocessed):
+    writer = raw_dataset(labeled=3, unlabeled=1, in_images_un=0)
+    plan_tiny(overwrite_plans_name="P")
+    writer.label_file("lab_02").unlink()
+    writer.image_file("unl_00").unlink()
+    plan_tiny(overwrite_plans_name="P")
+    assert {name[:6] for name in names_in(preprocessed / "P_3d_fullres")} == {"lab_00", "lab_01"}
+    assert names_in(preprocessed / "P_3d_fullres_unlabeled") == {"lab_02.b2nd", "lab_02.pkl"}
+    assert sorted(json.loads((preprocessed / "P_3d_fullres.manifest.json").read_text())) == [
+        "lab_00",
+        "lab_01",
+        "lab_02",
+    ]
+
+
+def test_clean_preprocesses_everything_again(raw_dataset, plan_tiny, redone):
+    raw_dataset(labeled=1, unlabeled=0)
+    plan_tiny()
+    plan_tiny(clean=True)
+    assert redone == ["lab_00", "more_00"] * 2
+
+
+def test_failing_cases_are_named_together_and_the_others_are_kept(
+    raw_dataset, plan_tiny, preprocessed, redone, monkeypatch
+):
+    raw_dataset(labeled=3, unlabeled=1, in_images_un=0)
+    working = preprocessing.preprocess_case
+
+    def sometimes_failing(case, *rest):
+        if case.identifier in ("lab_01", "unl_00"):
+            raise MemoryError("too large")
+        return working(case, *rest)
+
+    monkeypatch.setattr(preprocessing, "preprocess_case", sometimes_failing)
+    with pytest.raises(DatasetError, match=r"lab_01: preprocessing failed \(MemoryError: too large\)(.|\n)*unl_00"):
+        plan_tiny()
+    assert not (preprocessed / "LGSSLCPUPlans_3d_fullres.unfinished").exists()
+    monkeypatch.setattr(preprocessing, "preprocess_case", working)
+    redone.clear()
+    plan_tiny()
+    assert redone == ["lab_01", "unl_00"]
+
+
+def test_an_interrupted_run_continues_where_it_stopped(raw_dataset, plan_tiny, redone, monkeypatch):
+    raw_dataset(labeled=3, unlabeled=0, in_images_un=0)
+    working = preprocessing.preprocess_case
+
+    def interrupted(case, *rest):
+        if case.identifier == "lab_01":
+            raise KeyboardInterrupt
+        return working(case, *rest)
+
+    monkeypatch.setattr(preprocessing, "preprocess_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan_tiny()
+    monkeypatch.setattr(preprocessing, "preprocess_case", working)
+    redone.clear()
+    plan_tiny()
+    assert redone == ["lab_01", "lab_02"]
+
+
+def test_a_changed_label_is_copied_again_and_others_are_left_alone(raw_dataset, plan_tiny, preprocessed):
+    writer = raw_dataset(labeled=2)
+    plan_tiny()
+    copies = preprocessed / "gt_segmentations"
+    before = (copies / "lab_01.nii.gz").stat().st_ino
+    writer.label_file("lab_00").write_bytes(writer.label_file("lab_01").read_bytes())
+    plan_tiny(labeled=1, configurations=("2d",))
+    plan_tiny(configurations=("2d",))
+    assert (copies / "lab_00.nii.gz").read_bytes() == writer.label_file("lab_00").read_bytes()
+    assert (copies / "lab_01.nii.gz").stat().st_ino == before

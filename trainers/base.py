@@ -1,0 +1,471 @@
+"""The base class of every method: nnU-Net's trainer with an unlabelled stream and named loss terms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import empty_cache
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from tqdm import tqdm
+
+from lgssl_nnunet.data.batches import SeededBatches, start_workers
+from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
+from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
+from lgssl_nnunet.engine import hyperparameters
+from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.engine.checkpoint import save_json, save_torch, write_atomically
+from lgssl_nnunet.engine.logs import TermLog
+from lgssl_nnunet.engine.precision import move_network, preferred_memory_format, to_float, training_autocast
+from lgssl_nnunet.engine.schedules import CosineSchedule, sigmoid_rampup
+from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
+from lgssl_nnunet.engine.teacher import EMATeacher
+from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, UsageError
+
+logger = logging.getLogger(__name__)
+
+MIN_CASES_FOR_FOLDS = 5
+GRADIENT_NORM_LIMIT = 12.0
+# Distinguishes the random numbers of initialisation and of a step (dropout, noise) from those of the data streams.
+_INITIALISATION, _STEP = 10, 11
+
+
+@dataclass(frozen=True)
+class NoHyperparameters:
+    """A method without hyper-parameters."""
+
+
+class SemiSupervisedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer for a method that gives its loss as named terms of a labelled and an unlabelled batch.
+
+    A method sets the class attributes below and implements `loss_terms`. Everything else is here: streams and views,
+    device and precision, clipping, the teacher, ramps, logging of every term, checkpoints and resuming. Data, budget,
+    schedule and options come from the plans (`plans["lgssl"]`), never from constructor arguments, which nnU-Net fixes.
+
+    Attributes:
+        hyperparameters: default values of the method, a frozen dataclass; `self.hp` holds them with overrides.
+        views: the views of an unlabelled patch that the method needs, out of "weak" and "strong"; empty for a method
+            that does not use unlabelled cases.
+        pairs_batches: whether the method needs as many unlabelled as labelled patches in a step.
+        teacher_decay: decay of an EMA teacher (`self.teacher`); None for no teacher.
+        memory_factor: memory of a step relative to LGSSLTrainer's, for which the planner sizes patch and batch.
+    """
+
+    hyperparameters: ClassVar[Any] = NoHyperparameters()
+    views: ClassVar[tuple[str, ...]] = ("weak",)
+    pairs_batches: ClassVar[bool] = False
+    teacher_decay: ClassVar[float | None] = None
+    memory_factor: ClassVar[float] = 1.0
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ) -> None:
+        if "lgssl" not in plans:
+            raise PlansError(
+                f"{type(self).__name__} needs plans made by lgssl_plan_and_preprocess, and {plans.get('plans_name')} "
+                "are nnU-Net's own: plan the dataset with lgssl_plan_and_preprocess and pass its plans with -p."
+            )
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = plans["lgssl"]
+        training = self.settings.get("training", {})
+        self.seed = int(training.get("seed", 0))
+        self.hp = hyperparameters.resolve(self.hyperparameters, plans, type(self).__name__)
+        self._read_schedule(self.settings["schedule"])
+        self.unlabeled_batch_size = training.get("unlabeled_batch_size")
+        self.iteration = 0
+        self.teacher: EMATeacher | None = None
+        self.term_log = TermLog()
+        self.show_progress: bool | None = None
+        self._progress_bar: tqdm | None = None
+        self._check_request()
+
+    # ------------------------------------------------------------------ what a method provides
+
+    def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, Term]:
+        """Return the loss of a step as named terms; runs under the device's autocast."""
+        raise NotImplementedError
+
+    def optimizer_groups(self) -> Iterable[dict[str, Any]]:
+        """Return the optimiser's parameter groups; by default everything trainable in the network."""
+        return [{"params": [parameter for parameter in self.network.parameters() if parameter.requires_grad]}]
+
+    def extra_steps(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> None:
+        """Do what must follow the optimiser's step, such as a critic's own update."""
+
+    # ------------------------------------------------------------------ what a method may use
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of the whole run."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    def ramp(self, fraction: float = 1.0) -> float:
+        """Return the sigmoid ramp-up that reaches 1 after `fraction` of the run."""
+        return sigmoid_rampup(self.iteration, fraction * self.num_iterations)
+
+    def supervised_loss(self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
+        """Return nnU-Net's Dice and cross-entropy loss with its deep-supervision weights, in float32.
+
+        Args:
+            outputs: logits (B, C, *S_k) per scale, finest first.
+            target: label map (B, 1, *S_k) or regions (B, R, *S_k) per scale.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self.loss(to_float(outputs), target)
+
+    # ------------------------------------------------------------------ set-up
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether the method has an unlabelled stream."""
+        return bool(self.views)
+
+    def _read_schedule(self, schedule: dict[str, Any]) -> None:
+        self.schedule = schedule
+        self.initial_lr = schedule["initial_lr"]
+        self.weight_decay = schedule["weight_decay"]
+        self.num_epochs = schedule["num_epochs"]
+        self.num_iterations_per_epoch = schedule["iterations_per_epoch"]
+        self.num_val_iterations_per_epoch = schedule["val_iterations_per_epoch"]
+        # nnU-Net saves every 50 of 1000 epochs: the same share of a short schedule.
+        self.save_every = max(1, self.num_epochs // 20)
+
+    def _check_request(self) -> None:
+        name, split = type(self).__name__, self.settings["split"]
+        if self.is_cascaded:
+            raise PlansError(f"{self.configuration_name} is a cascade, which {name} cannot train: use 3d_fullres.")
+        if self.uses_unlabeled and not split["unlabeled"]:
+            raise SplitError(
+                f"{self.plans_manager.plans_name} have no unlabelled image, and {name} learns from them: put images "
+                "into imagesUn, plan with --labeled N, or train SupervisedTrainer."
+            )
+        if self.fold != "all" and len(split["labeled"]) < MIN_CASES_FOR_FOLDS:
+            raise SplitError(
+                f"Fold {self.fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and "
+                f"{self.plans_manager.plans_name} have {len(split['labeled'])}: train with -f all."
+            )
+        planned = self.configuration_manager.batch_size
+        if self.pairs_batches and self.unlabeled_batch_size not in (None, planned):
+            raise UsageError(
+                f"{name} pairs every labelled with an unlabelled patch: leave out --unlabeled_batch_size or give "
+                f"{planned}."
+            )
+
+    def initialize(self) -> None:
+        """Build network, optimiser, loss and teacher, under the training seed."""
+        seed_everything(derive_seed(self.seed, _INITIALISATION))
+        super().initialize()
+        self.unlabeled_batch_size = self.unlabeled_batch_size or self.batch_size
+        self.num_dimensions = len(self.configuration_manager.patch_size)
+        move_network(self.plain_network, self.device, self.num_dimensions)
+        if self.teacher_decay is not None:
+            self.teacher = EMATeacher(self.plain_network, self.teacher_decay)
+        if self.memory_factor > 1:
+            self.print_to_log_file(
+                f"A step of {type(self).__name__} needs about {self.memory_factor:.1f} times the memory that the plans "
+                "were sized for; plan with a smaller -gpu_memory_target if it does not fit."
+            )
+
+    @property
+    def plain_network(self) -> nn.Module:
+        """The network without the wrappers of distributed training and compilation."""
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
+        """Return optimiser and learning-rate schedule of the plans: nnU-Net's SGD, or AdamW with cosine decay."""
+        if self.schedule["optimizer"] == "adamw":
+            optimizer = torch.optim.AdamW(self.optimizer_groups(), self.initial_lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(
+                self.optimizer_groups(), self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
+            )
+        if self.schedule["lr_schedule"] == "cosine":
+            return optimizer, CosineSchedule(optimizer, self.initial_lr, self.num_epochs)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Switch deep supervision in every decoder of the network."""
+        network = self.plain_network
+        if hasattr(network, "set_deep_supervision"):
+            network.set_deep_supervision(enabled)
+        else:
+            super().set_deep_supervision_enabled(enabled)
+
+    # ------------------------------------------------------------------ data
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return training and validation cases out of the labelled cases of the plans.
+
+        `all` trains on every labelled case and validates on the same; folds 0 to 4 are nnU-Net's five-fold split inside
+        the labelled cases.
+        """
+        labeled = sorted(self.settings["split"]["labeled"])
+        if self.fold == "all":
+            return labeled, list(self.settings["split"]["validation"] or labeled)
+        fold = generate_crossval_split(labeled, seed=12345, n_splits=5)[int(self.fold)]
+        return list(fold["train"]), list(fold["val"])
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
+        """Restrict nnU-Net's mirroring to the axes that the plans allow (left and right must stay apart)."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        allowed = self.settings["mirroring_axes"]
+        if allowed is not None:
+            # The plans count the three axes of the preprocessed image; a 2D patch has the last two of them.
+            offset = 3 - len(self.configuration_manager.patch_size)
+            mirror_axes = tuple(axis for axis in mirror_axes if axis + offset in allowed)
+            # Stock prediction takes None, not an empty tuple, for "no mirroring".
+            self.inference_allowed_mirroring_axes = mirror_axes or None
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Return iterators over training batches (labelled and unlabelled) and validation batches."""
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        patch_size, scales = self.configuration_manager.patch_size, self._get_deep_supervision_scales()
+        labels = {
+            "is_cascaded": False,
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+        use_mask = self.configuration_manager.use_mask_for_norm
+        training_transforms = make_deterministic(
+            self.get_training_transforms(
+                patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=use_mask, **labels
+            )
+        )
+        validation_transforms = self.get_validation_transforms(scales, **labels)
+        training_cases, validation_cases = self.get_tr_and_val_datasets()
+        loaders = {"labeled": self._labeled_loader(training_cases, initial_patch_size, training_transforms)}
+        if self.uses_unlabeled:
+            masked = [channel for channel, masked in enumerate(use_mask or ()) if masked]
+            views = ViewsTransform(training_transforms, self.views, masked)
+            loaders["unlabeled"] = self._unlabeled_loader(initial_patch_size, views)
+        validation = {"validation": self._labeled_loader(validation_cases, patch_size, validation_transforms)}
+        return self._start(loaders, self.num_iterations_per_epoch, 1.0), self._start(
+            validation, self.num_val_iterations_per_epoch, 0.5
+        )
+
+    def _labeled_loader(self, cases: Any, initial_patch_size: Any, transforms: Any) -> nnUNetDataLoader:
+        return nnUNetDataLoader(
+            cases,
+            self.batch_size,
+            initial_patch_size,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            oversample_foreground_percent=self.oversample_foreground_percent,
+            probabilistic_oversampling=self.probabilistic_oversampling,
+            transforms=transforms,
+        )
+
+    def _unlabeled_loader(self, initial_patch_size: Any, transforms: Any) -> UnlabeledLoader:
+        return UnlabeledLoader(
+            UnlabeledDataset(
+                f"{self.preprocessed_dataset_folder}_unlabeled", sorted(self.settings["split"]["unlabeled"])
+            ),
+            self.unlabeled_batch_size,
+            initial_patch_size,
+            self.configuration_manager.patch_size,
+            self.label_manager,
+            transforms=transforms,
+        )
+
+    def _start(self, loaders: dict[str, nnUNetDataLoader], iterations_per_epoch: int, share_of_workers: float) -> Any:
+        workers = get_allowed_n_proc_DA()
+        if self.device.type == "cpu":
+            # Network and workers share the same cores.
+            workers = min(workers, max(1, workers // 2))
+        start = self.current_epoch * iterations_per_epoch
+        batches = SeededBatches(loaders, self.seed, self.local_rank, start, int(workers * share_of_workers))
+        return start_workers(batches, pin_memory=self.device.type == "cuda")
+
+    # ------------------------------------------------------------------ the loop
+
+    def on_train_start(self) -> None:
+        """Open the data, and leave in the model folder everything that prediction needs."""
+        if not self.was_initialized:
+            self.initialize()
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self.print_plans()
+        self.print_to_log_file(f"Hyper-parameters: {self.hp}")
+        empty_cache(self.device)
+        if self.local_rank == 0:
+            self._write_model_description()
+            self._save_debug_information()
+        self.iteration = self.current_epoch * self.num_iterations_per_epoch
+        self._progress_bar = tqdm(
+            total=self.num_iterations,
+            initial=self.iteration,
+            desc=type(self).__name__,
+            unit="it",
+            # None: only on a terminal.
+            disable=None if self.show_progress is None else not self.show_progress,
+        )
+
+    def _write_model_description(self) -> None:
+        folder, preprocessed = Path(self.output_folder_base), Path(self.preprocessed_dataset_folder_base)
+        save_json(self.plans_manager.plans, folder / "plans.json")
+        save_json(self.dataset_json, folder / "dataset.json")
+        planned_as = self.settings.get("training", {}).get("planned_as", self.plans_manager.plans_name)
+        fingerprint = preprocessed / f"dataset_fingerprint_{planned_as}.json"
+        if fingerprint.is_file():
+            content = fingerprint.read_bytes()
+            write_atomically(folder / "dataset_fingerprint.json", lambda temporary: temporary.write_bytes(content))
+
+    def train_step(self, batch: dict) -> dict:
+        """Do one optimisation step and return the value of the loss and of each term."""
+        seed_everything(derive_seed(self.seed, self.local_rank, _STEP, self.iteration))
+        if isinstance(self.lr_scheduler, CosineSchedule):
+            self.lr_scheduler.step(self.iteration / self.num_iterations_per_epoch)
+        labeled, unlabeled = self.to_batches(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with training_autocast(self.device):
+            terms = self.loss_terms(labeled, unlabeled)
+        loss = self.total(terms)
+        self._optimize(loss)
+        if self.teacher is not None:
+            self.teacher.update(self.plain_network)
+        self.extra_steps(labeled, unlabeled)
+        self.iteration += 1
+        values = {name: float(term.value.detach()) for name, term in terms.items()}
+        if self._progress_bar is not None:
+            self._progress_bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+            self._progress_bar.update()
+        weights = {f"weight of {name}": term.weight for name, term in terms.items() if term.uses_unlabeled}
+        return {"loss": loss.detach().cpu().numpy(), **values, **weights}
+
+    def to_batches(self, batch: dict) -> tuple[LabeledBatch, UnlabeledBatch | None]:
+        """Move a batch of the loaders to the device, in the memory layout that the device prefers."""
+        target = batch["target"]
+        target = [self._to_device(t) for t in target] if isinstance(target, list) else self._to_device(target)
+        labeled = LabeledBatch(self._image(batch["data"]), target, tuple(batch["keys"]))
+        if "unlabeled_data" not in batch:
+            return labeled, None
+        views = {name: self._image(view) for name, view in split_views(batch["unlabeled_data"], self.views).items()}
+        return labeled, UnlabeledBatch(views.get("weak"), views.get("strong"), tuple(batch["unlabeled_keys"]))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _image(self, tensor: Tensor) -> Tensor:
+        memory_format = preferred_memory_format(self.device, self.num_dimensions)
+        return self._to_device(tensor).contiguous(memory_format=memory_format)
+
+    def total(self, terms: dict[str, Term]) -> Tensor:
+        """Return the weighted sum of the terms.
+
+        Raises:
+            TrainingError: a term is not finite; raised before the optimiser's step.
+        """
+        for name, term in terms.items():
+            if not bool(torch.isfinite(term.value.detach()).all()):
+                raise TrainingError(
+                    f"The loss term {name!r} became {float(term.value)} at iteration {self.iteration}: "
+                    "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
+                )
+        active = [term.weight * term.value for term in terms.values() if term.weight != 0]
+        return torch.stack(active).sum()
+
+    def _optimize(self, loss: Tensor) -> None:
+        scaler = self.grad_scaler
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if scaler is not None:
+            scaler.scale(loss).backward()
+            scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
+            scaler.step(self.optimizer)
+            scaler.update()
+            return
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"The gradient became {float(norm)} at iteration {self.iteration} although the loss is finite: "
+                "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
+            )
+        self.optimizer.step()
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log every term beside nnU-Net's loss."""
+        super().on_train_epoch_end(train_outputs)
+        names = [name for name in train_outputs[0] if name != "loss"]
+        means = {name: float(np.mean([output[name] for output in train_outputs])) for name in names}
+        self.term_log.add(self.current_epoch, means)
+        for external in self.logger.loggers:
+            for name, value in means.items():
+                external.log(name, value, self.current_epoch)
+        if self.local_rank == 0:
+            summary = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+            self.print_to_log_file(f"terms: {summary}", also_print_to_console=False)
+            self.term_log.write_csv(Path(self.output_folder) / "lgssl_terms.csv")
+            self.term_log.plot(Path(self.output_folder) / "lgssl_progress.png")
+
+    def validation_step(self, batch: dict) -> dict:
+        """Compute nnU-Net's pseudo Dice on a validation batch, in the memory layout that the device prefers."""
+        return super().validation_step({**batch, "data": self._image(batch["data"])})
+
+    def on_train_end(self) -> None:
+        """Close the progress bar and leave the final checkpoint."""
+        if self._progress_bar is not None:
+            self._progress_bar.close()
+        super().on_train_end()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint, whole or not at all, with the state of the method under its own key."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written: checkpointing is disabled.")
+            return
+        save_torch(
+            {
+                "network_weights": self.plain_network.state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+                "logging": self.logger.get_checkpoint(),
+                "_best_ema": self._best_ema,
+                "current_epoch": self.current_epoch + 1,
+                "init_args": self.my_init_kwargs,
+                "trainer_name": type(self).__name__,
+                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+                "lgssl": {name: part.state_dict() for name, part in self._stateful_parts().items()}
+                | {"terms": self.term_log.rows},
+            },
+            filename,
+        )
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Restore everything that `save_checkpoint` wrote."""
+        super().load_checkpoint(filename_or_checkpoint)
+        state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get("lgssl")
+        if state is None:
+            raise CheckpointError(f"{filename_or_checkpoint} was not written by {type(self).__name__}.")
+        for name, part in self._stateful_parts().items():
+            part.load_state_dict(state[name])
+        self.term_log.rows = list(state["terms"])
+
+    def _stateful_parts(self) -> dict[str, Any]:
+        return {"teacher": self.teacher} if self.teacher is not None else {}

@@ -1,0 +1,100 @@
+"""LG-SSL: language-guided semi-supervised segmentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.engine.hyperparameters import resolve
+from lgssl_nnunet.losses.consistency import agreement, difference_agreement, probabilities
+from lgssl_nnunet.networks.language_guided import build_language_guided_unet
+from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True)
+class LGSSLHyperparameters:
+    """Hyper-parameters of LG-SSL; the published code states no loss weights (methods.md 2.7).
+
+    Attributes:
+        prompt_mode: "attention" (any patch size), "fixed_volume" (the published token volume) or "none" (no TVSF).
+        prompt_source: "text", or the controls "random" (vectors without meaning) and "shuffled" (wrong class names).
+        residual_gate: add the fused feature to the image feature with a gate that starts closed.
+        affine_norm: learnable scale and shift in TVSF's normalisations; False is the published form.
+        stop_gradient: keep unlabelled patches from changing the prompt features.
+        dropout: rate on the fused bottleneck, drawn per decoder.
+        consistency_weight: weight of both consistency terms after the ramp.
+        difference_weight: weight of the labelled-minus-unlabelled term relative to the agreement term.
+        ramp_fraction: share of the iterations over which the consistency weight rises.
+    """
+
+    prompt_mode: str = "attention"
+    prompt_source: str = "text"
+    residual_gate: bool = True
+    affine_norm: bool = True
+    stop_gradient: bool = True
+    dropout: float = 0.5
+    consistency_weight: float = 1.0
+    difference_weight: float = 1.0
+    ramp_fraction: float = 0.4
+
+
+class LGSSLTrainer(SemiSupervisedTrainer):
+    """Two decoders guided by text, and their hybrid consistency on unlabelled patches.
+
+    Source: "Language-Guided Visual Representation Learning for Medical Images", repository
+    Lry777/Universal-Medical-SSL (2025); methods.md section 2, with the choices of 2.7.
+    """
+
+    hyperparameters = LGSSLHyperparameters()
+    views = ("strong",)
+    pairs_batches = True
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Return the planned encoder with TVSF at the bottleneck and two decoders that upsample differently."""
+        hp = resolve(LGSSLTrainer.hyperparameters, plans_manager.plans, "LGSSLTrainer")
+        return build_language_guided_unet(
+            plans_manager,
+            configuration_manager,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+            prompt_mode=hp.prompt_mode,
+            prompt_source=hp.prompt_source,
+            residual_gate=hp.residual_gate,
+            affine_norm=hp.affine_norm,
+            stop_gradient=hp.stop_gradient,
+            dropout=hp.dropout,
+        )
+
+    def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
+        """Return supervised loss of both decoders and the hybrid consistency (methods.md 2.6)."""
+        n = len(labeled.image)
+        first, second = self.network(torch.cat([labeled.image, unlabeled.strong]), labeled_rows=n)
+        supervised = sum(
+            0.5 * self.supervised_loss([scale[:n] for scale in outputs], labeled.target) for outputs in (first, second)
+        )
+        p1, q1 = self._split(first[0], n)
+        p2, q2 = self._split(second[0], n)
+        weight = self.hp.consistency_weight * self.ramp(self.hp.ramp_fraction)
+        return {
+            "supervised": Term(supervised),
+            "agreement": Term(agreement(q1, q2), weight, uses_unlabeled=True),
+            "difference": Term(
+                difference_agreement(p1, q1, p2, q2), weight * self.hp.difference_weight, uses_unlabeled=True
+            ),
+        }
+
+    def _split(self, logits: torch.Tensor, num_labeled: int) -> tuple[torch.Tensor, torch.Tensor]:
+        p = probabilities(logits, self.label_manager.has_regions)
+        return p[:num_labeled], p[num_labeled:]
