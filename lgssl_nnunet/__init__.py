@@ -24,7 +24,7 @@ _FUNCTIONS = {
     "predict": "lgssl_nnunet.inference.predict",
     "evaluate": "lgssl_nnunet.evaluation.evaluate",
     "info": "lgssl_nnunet.installation",
-    "demo": "lgssl_nnunet.demo",
+    "demo": "lgssl_nnunet.demonstration",
 }
 __all__ = ["__version__", *_FUNCTIONS]
 

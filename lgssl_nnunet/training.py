@@ -113,8 +113,7 @@ def train(
         )
         return model_folder
     run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, device)
-    run.disable_checkpointing = disable_checkpointing
-    run.show_progress = progress
+    run.disable_checkpointing, run.show_progress = disable_checkpointing, progress
     _load_weights(run, continue_training, only_validate, pretrained_weights)
     if not only_validate:
         run.run_training()

@@ -381,7 +381,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name, term in terms.items():
             if not bool(torch.isfinite(term.value.detach()).all()):
                 raise TrainingError(
-                    f"The loss term {name!r} became {float(term.value)} at iteration {self.iteration}: "
+                    f"The loss term {name!r} became {float(term.value.detach())} at iteration {self.iteration}: "
                     "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
                 )
         active = [term.weight * term.value for term in terms.values() if term.weight != 0]

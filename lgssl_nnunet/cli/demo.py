@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from lgssl_nnunet.demo import ITERATIONS, demo
+    from lgssl_nnunet.demonstration import ITERATIONS, demo
 
     iterations = ITERATIONS if args.iterations is None else args.iterations
     result = demo(args.o, iterations=iterations, seed=args.seed, device=args.device, progress=not args.no_pbar)

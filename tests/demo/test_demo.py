@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from lgssl_nnunet.cli import demo as command
-from lgssl_nnunet.demo import BASELINE, METHOD, DemoResult, demo, draw_overlays
+from lgssl_nnunet.demonstration import BASELINE, METHOD, DemoResult, demo, draw_overlays
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.phantom import PhantomSpec, write_phantom_dataset
 
 SHORT_DEMO = """
 import sys
-from lgssl_nnunet.demo import demo
+from lgssl_nnunet.demonstration import demo
 from lgssl_nnunet.phantom import PhantomSpec
 
 spec = PhantomSpec(num_labeled=2, num_unlabeled=2, num_test=2, shape=(24, 24, 24))
@@ -38,7 +38,7 @@ def no_pipeline(monkeypatch):
     def stop(*args, **kwargs):
         raise Reached
 
-    monkeypatch.setattr("lgssl_nnunet.demo.write_phantom_dataset", stop)
+    monkeypatch.setattr("lgssl_nnunet.demonstration.write_phantom_dataset", stop)
     monkeypatch.delitem(sys.modules, "nnunetv2.paths", raising=False)
     return Reached
 
@@ -127,7 +127,7 @@ def test_the_command_passes_what_was_typed_and_prints_the_table(tmp_path, monkey
         seen.update(options, output=output)
         return DemoResult(tmp_path, {METHOD: {"liver": 0.5}}, tmp_path / "overlays.png", {"plan": 2.0})
 
-    monkeypatch.setattr("lgssl_nnunet.demo.demo", fake)
+    monkeypatch.setattr("lgssl_nnunet.demonstration.demo", fake)
     assert command.main(["-o", "there", "--iterations", "7", "--seed", "3", "-device", "cpu", "--no_pbar"]) == 0
     assert seen == {"output": "there", "iterations": 7, "seed": 3, "device": "cpu", "progress": False}
     printed = capsys.readouterr().out
