@@ -92,7 +92,7 @@ def train(
         base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
     )
     model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
-    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, disable_checkpointing)
+    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, validate_best, disable_checkpointing)
     if used_plans is not base_plans:
         _write_plans(dataset_folder, used_plans)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
@@ -280,10 +280,14 @@ def _model_folder(dataset: str, trainer: str, plans_name: str, configuration: st
     return Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{plans_name}__{configuration}"
 
 
-def _check_run(fold_folder: Path, continue_training: bool, only_validate: bool, disable_checkpointing: bool) -> None:
+def _check_run(
+    fold_folder: Path, continue_training: bool, only_validate: bool, validate_best: bool, disable_checkpointing: bool
+) -> None:
     existing = [name for name in CHECKPOINTS if (fold_folder / name).is_file()]
     if only_validate and CHECKPOINTS[0] not in existing:
         raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[0]}: train first, or finish the training with --c.")
+    if only_validate and validate_best and CHECKPOINTS[2] not in existing:
+        raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[2]}: leave out --val_best to validate the final one.")
     if existing and not (continue_training or only_validate or disable_checkpointing):
         raise CheckpointError(
             f"{fold_folder} already holds {existing[0]}: continue it with --c, choose another --seed, or move the "
@@ -314,10 +318,10 @@ def _load_weights(
     run: SemiSupervisedTrainer, continue_training: bool, only_validate: bool, pretrained_weights: Path | str | None
 ) -> None:
     if pretrained_weights is not None:
-        from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+        from lgssl_nnunet.engine.pretrained import load_pretrained
 
         run.initialize()
-        load_pretrained_weights(run.network, str(pretrained_weights), verbose=False)
+        load_pretrained(run.network, pretrained_weights)
         return
     if not (continue_training or only_validate):
         return
@@ -326,7 +330,7 @@ def _load_weights(
     if checkpoint is None:
         logger.warning("%s holds no checkpoint to continue from: starting a new training.", folder)
         return
-    logger.info("Continuing from %s", checkpoint)
+    logger.info("%s %s", "Continuing from" if continue_training else "Validating", checkpoint)
     run.load_checkpoint(str(checkpoint))
 
 

@@ -323,6 +323,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             disable=None if self.show_progress is None else not self.show_progress,
         )
 
+    def print_plans(self) -> None:
+        """Log configuration and plans, without the hundreds of numbers of the prompt embeddings."""
+        text = {key: value for key, value in self.settings["text"].items() if key != "embeddings"}
+        plans = {**self.plans_manager.plans, "lgssl": {**self.settings, "text": text}}
+        del plans["configurations"]
+        self.print_to_log_file(f"Configuration {self.configuration_name}: {self.configuration_manager}\n")
+        self.print_to_log_file(f"Plans: {plans}\n")
+
     def _write_model_description(self) -> None:
         folder, preprocessed = Path(self.output_folder_base), Path(self.preprocessed_dataset_folder_base)
         save_json(self.plans_manager.plans, folder / "plans.json")
@@ -466,6 +474,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         for name, part in self._stateful_parts().items():
             part.load_state_dict(state[name])
         self.term_log.rows = list(state["terms"])
+        # nnU-Net writes checkpoint_latest before it updates the best value: taken from there, a resumed run would
+        # replace checkpoint_best by a worse one.
+        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
     def _stateful_parts(self) -> dict[str, Any]:
         return {"teacher": self.teacher} if self.teacher is not None else {}

@@ -96,6 +96,9 @@ def run_command(
     """
     debug = bool(getattr(arguments, "debug", False))
     start_console_logging(debug)
+    package = logging.getLogger("lgssl_nnunet")
+    # batchgenerators configures the root logger, which would print every message a second time.
+    package.propagate = False
     try:
         if arguments is not None:
             apply_common_arguments(arguments)
@@ -110,6 +113,8 @@ def run_command(
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        package.propagate = True
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lgssl_nnunet.errors import UsageError
 
 T = TypeVar("T")
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a finite number"}
 
 
 def override(defaults: T, values: Mapping[str, Any], owner: str) -> T:
@@ -34,7 +37,7 @@ def override(defaults: T, values: Mapping[str, Any], owner: str) -> T:
         try:
             converted[name] = _convert(value, fields[name])
         except ValueError:
-            problems.append(f"{name}={value!r} is not a {type(fields[name]).__name__}")
+            problems.append(f"{name}={value!r} is not {_KINDS.get(type(fields[name]), type(fields[name]).__name__)}")
     if problems:
         known = ", ".join(f"{name}={value}" for name, value in fields.items()) or "none"
         raise UsageError(f"Hyper-parameters of {owner}: {'; '.join(problems)}. It has: {known}.")
@@ -59,4 +62,12 @@ def _convert(value: Any, default: Any) -> Any:
         if str(value).lower() in ("false", "0", "no"):
             return False
         raise ValueError(value)
-    return type(default)(value)
+    try:
+        converted = type(default)(value)
+    except TypeError as error:
+        raise ValueError(value) from error
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError(value)
+    if isinstance(value, float) and converted != value:  # int(2.5) would be 2 without a word
+        raise ValueError(value)
+    return converted

@@ -1,173 +1,506 @@
-"""Every trainer in trainers/ against the properties that each must have; a new trainer is found by itself."""
+"""The contract grid: every trainer in trainers/ against every property, found by itself as soon as its file exists.
+
+`ExampleTeacherTrainer` (conftest.py) joins it where the engine is tested and not the file.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
+import math
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 
-from lgssl_nnunet.engine.schedules import sigmoid_rampup
-from lgssl_nnunet.errors import LGSSLError, TrainingError
-from lgssl_nnunet.phantom import PhantomSpec, write_phantom_dataset
-from lgssl_nnunet.registry import find_trainer, trainer_names
+from lgssl_nnunet.data.views import ViewsTransform
+from lgssl_nnunet.engine.precision import training_autocast
+from lgssl_nnunet.engine.seeding import seed_everything
+from lgssl_nnunet.errors import LGSSLError, SplitError, TrainingError
+from lgssl_nnunet.registry import _find_stock_trainer, find_trainer, trainer_modules, trainer_names
+from lgssl_nnunet.training import PLUGIN_FOLDER
 
 TRAINERS = trainer_names()
+EXAMPLE = "ExampleTeacherTrainer"
+GRID = [*TRAINERS, EXAMPLE]
+WITH_UNLABELED = [*(name for name in TRAINERS if find_trainer(name).views), EXAMPLE]
+WITHOUT_UNLABELED = [name for name in GRID if name not in WITH_UNLABELED]
+WITH_TEACHER = [*(name for name in TRAINERS if find_trainer(name).teacher_decay is not None), EXAMPLE]
 
 
-@pytest.fixture(scope="session")
-def preprocessed(tmp_path_factory):
-    """Plans of a tiny phantom, 2 epochs of 2 iterations, 4 base features."""
-    from lgssl_nnunet.plans.plan import plan_and_preprocess
-
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("contract")
-    old = dict(os.environ)
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        os.environ[variable] = str(root / variable)
-    os.environ["nnUNet_n_proc_DA"] = "0"
-    spec = PhantomSpec(shape=(20, 24, 24), num_labeled=5, num_unlabeled=3, num_test=1)
-    dataset = write_phantom_dataset(root / "nnUNet_raw", spec, progress=False)
-    file = plan_and_preprocess(
-        [dataset.name],
-        planner="LGSSLPlannerCPU",
-        labeled=3,
-        configurations=["3d_fullres"],
-        num_processes=0,
-        num_processes_fingerprint=0,
-        progress=False,
-    )[0]
-    plans = json.loads(file.read_text())
-    plans["lgssl"]["schedule"].update(num_epochs=2, iterations_per_epoch=2, val_iterations_per_epoch=1)
-    arch = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
-    arch["features_per_stage"] = [min(f // 2, 16) for f in arch["features_per_stage"]]
-    yield plans, json.loads((file.parent / "dataset.json").read_text())
-    os.environ.clear()
-    os.environ.update(old)
+def thin_patches(plans: dict[str, Any]) -> None:
+    """A patch so anisotropic that nnU-Net augments it slice by slice."""
+    plans["configurations"]["3d_fullres"]["patch_size"] = [4, 24, 24]
 
 
-@pytest.fixture
-def build(preprocessed, tmp_path, monkeypatch):
-    monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    plans, dataset_json = preprocessed
+SITUATIONS = {
+    "3d": {},
+    "3d with augmentation in 2d": {"changes": thin_patches},
+    "2d configuration of 3d images": {"configuration": "2d"},
+    "2d images": {"variant": "plane", "configuration": "2d"},
+    "one foreground class": {"variant": "two_classes"},
+    "regions": {"variant": "regions"},
+    "ignore label": {"variant": "ignore"},
+    "regions and ignore label": {"variant": "regions_and_ignore"},
+    "two channels": {"variant": "two_channels"},
+}
+MAX_LINES = 150
 
-    def make(name, fold="all", **lgssl):
-        own = {**json.loads(json.dumps(plans)), "continue_training": False}
-        own["lgssl"].update(lgssl)
-        trainer = find_trainer(name)(own, "3d_fullres", fold, dataset_json, torch.device("cpu"))
-        trainer.show_progress = False
-        return trainer
-
-    return make
-
-
-def start(trainer):
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    return trainer
+Terms = dict[str, Any]
 
 
-def gradients(trainer, batch, keep_unlabeled):
-    labeled, unlabeled = trainer.to_batches(batch)
-    torch.manual_seed(0)
-    terms = trainer.loss_terms(labeled, unlabeled)
-    if not keep_unlabeled:
-        terms = {name: term for name, term in terms.items() if not term.uses_unlabeled}
-    trainer.optimizer.zero_grad()
-    trainer.total(terms).backward()
-    return {n: p.grad.clone() for n, p in trainer.network.named_parameters() if p.grad is not None}
+def terms_of(trainer: Any, batches: tuple) -> Terms:
+    """The terms of a step as `train_step` computes them, with the same dropout each time."""
+    seed_everything(0)
+    with training_autocast(trainer.device):
+        return trainer.loss_terms(*batches)
 
 
-def weights_after_training(trainer):
-    trainer.run_training()
-    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+def gradients(trainer: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    trainer.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None}
+
+
+def other_images(batches: tuple) -> tuple:
+    """The same labelled batch with other unlabelled images, each view changed."""
+    labeled, unlabeled = batches
+    changed = {
+        name: torch.randn(view.shape, generator=torch.Generator().manual_seed(1))
+        for name in ("weak", "strong")
+        if (view := getattr(unlabeled, name)) is not None
+    }
+    return labeled, dataclasses.replace(unlabeled, **changed)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def prediction_gradients(trainer: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of what the network predicts, which tell the parameters that prediction uses."""
+    trainer.set_deep_supervision_enabled(False)
+    found = gradients(trainer, trainer.network(image).square().sum())
+    trainer.set_deep_supervision_enabled(True)
+    return {name: gradient for name, gradient in found.items() if gradient.abs().max() > 0}
+
+
+def biases_before_normalisation(network: torch.nn.Module) -> set[str]:
+    """Biases of convolutions have no effect where a normalisation follows; segmentation layers have none."""
+    return {
+        f"{name}.bias"
+        for name, module in network.named_modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)) and ".seg_layers." not in name
+    }
+
+
+def checkpoint(trainer: Any, name: str = "checkpoint_final.pth") -> dict[str, Any]:
+    return torch.load(Path(trainer.output_folder) / name, weights_only=False)
+
+
+def stop_after_epoch(trainer: Any, epoch: int) -> None:
+    """Make the trainer raise KeyboardInterrupt at the end of an epoch, as a user would."""
+    original = trainer.on_epoch_end
+
+    def on_epoch_end() -> None:
+        original()
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+
+    trainer.on_epoch_end = on_epoch_end
+
+
+# ---------------------------------------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_plugin_exports_the_packages_own_class_and_it_pickles(name):
+def test_the_plugin_module_exports_the_packages_own_class(name):
     from lgssl_nnunet.nnunet_plugin import lgssl_trainers
 
     assert getattr(lgssl_trainers, name) is find_trainer(name)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_class_pickles(name):
     assert pickle.loads(pickle.dumps(find_trainer(name))) is find_trainer(name)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_step_gives_finite_terms_and_changes_the_network(name, build):
-    trainer = start(build(name))
-    before = {n: p.detach().clone() for n, p in trainer.network.named_parameters()}
-    values = trainer.train_step(next(trainer.dataloader_train))
-    assert all(torch.isfinite(torch.as_tensor(float(value))) for value in values.values())
-    assert any(not torch.equal(p, before[n]) for n, p in trainer.network.named_parameters())
+def test_the_name_does_not_exist_in_nnunetv2(name):
+    assert _find_stock_trainer(name) is None
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_with_unlabeled_weights_zero_gradients_are_those_without_unlabeled_terms(name, build, monkeypatch):
-    trainer = start(build(name))
-    monkeypatch.setattr(trainer, "ramp", lambda fraction=1.0: 0.0)
+def test_the_file_is_short(name):
+    file = Path(__import__(trainer_modules()[name], fromlist=[name]).__file__)
+    assert len(file.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_hyperparameters_are_a_frozen_dataclass_that_documents_every_field(name):
+    hyperparameters = find_trainer(name).hyperparameters
+    assert type(hyperparameters).__dataclass_params__.frozen
+    for field in dataclasses.fields(hyperparameters):
+        assert f"\n        {field.name}: " in type(hyperparameters).__doc__
+
+
+# ---------------------------------------------------------------------------------------------------- terms and logs
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_every_term_of_every_iteration_is_finite_and_logged(name, finished):
+    trainer = finished(name)
+    assert [row["epoch"] for row in trainer.term_log.rows] == [0, 1]
+    for row in trainer.term_log.rows:
+        assert len(row) > 1
+        assert all(math.isfinite(value) for value in row.values())
+    header = (Path(trainer.output_folder) / "lgssl_terms.csv").read_text().splitlines()[0]
+    assert header.split(",") == ["epoch", *trainer.term_log.names()]
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_step_reports_the_value_of_each_term_and_the_weight_of_each_unlabeled_one(name, started):
+    trainer = started(name)
     batch = next(trainer.dataloader_train)
-    full, alone = gradients(trainer, batch, True), gradients(trainer, batch, False)
-    assert full.keys() == alone.keys()
-    assert max(float((full[n] - alone[n]).abs().max()) for n in full) < 1e-5
+    terms = terms_of(trainer, trainer.to_batches(batch))
+    values = trainer.train_step(batch)
+    weights = {f"weight of {term}" for term in terms if terms[term].uses_unlabeled}
+    assert set(values) == {"loss", *terms, *weights}
 
 
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_a_method_with_an_unlabeled_stream_declares_terms_that_use_it(name, started):
+    trainer = started(name)
+    terms = terms_of(trainer, trainer.to_batches(next(trainer.dataloader_train)))
+    assert any(term.uses_unlabeled for term in terms.values())
+    assert any(not term.uses_unlabeled for term in terms.values())
+
+
+@pytest.mark.parametrize("name", WITHOUT_UNLABELED)
+def test_a_method_without_an_unlabeled_stream_never_sees_an_unlabeled_patch(name, started):
+    trainer = started(name)
+    batches = trainer.to_batches(next(trainer.dataloader_train))
+    assert batches[1] is None
+    assert not any(term.uses_unlabeled for term in terms_of(trainer, batches).values())
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_each_term_has_a_gradient_in_the_network_that_is_finite_and_not_zero(name, started):
+    trainer = started(name)
+    trainer.train_step(next(trainer.dataloader_train))  # after it, teacher and student (or decoders) differ for sure
+    batches = trainer.to_batches(next(trainer.dataloader_train))
+    for term in terms_of(trainer, batches):
+        found = gradients(trainer, terms_of(trainer, batches)[term].value)
+        assert all(torch.isfinite(gradient).all() for gradient in found.values()), term
+        assert any(gradient.abs().max() > 0 for gradient in found.values()), term
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_total_trains_every_parameter_that_prediction_uses(name, started):
+    trainer = started(name)
+    for _ in range(2):  # gates that start closed open in the first steps
+        batch = next(trainer.dataloader_train)
+        trainer.train_step(batch)
+    batches = trainer.to_batches(batch)
+    used = set(prediction_gradients(trainer, batches[0].image)) - biases_before_normalisation(trainer.network)
+    found = gradients(trainer, trainer.total(terms_of(trainer, batches)))
+    assert used
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    assert [n for n in sorted(used) if n not in found or not found[n].abs().max() > 0] == []
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_every_trainable_parameter_of_the_network_is_in_the_optimizer_once(name, started):
+    trainer = started(name)
+    optimized = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(optimized) == len(set(optimized))
+    assert {id(p) for p in trainer.network.parameters() if p.requires_grad} <= set(optimized)
+
+
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_with_unlabeled_weights_zero_gradients_are_those_without_the_unlabeled_terms(name, started):
+    trainer = started(name)
+    trainer.train_step(next(trainer.dataloader_train))
+    batches = trainer.to_batches(next(trainer.dataloader_train))
+    terms = terms_of(trainer, batches)
+    alone = gradients(trainer, trainer.total({n: t for n, t in terms.items() if not t.uses_unlabeled}))
+    for images in (batches, other_images(batches)):
+        silenced = {
+            n: dataclasses.replace(t, weight=0.0) if t.uses_unlabeled else t
+            for n, t in terms_of(trainer, images).items()
+        }
+        assert largest_difference(gradients(trainer, trainer.total(silenced)), alone) < 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_a_ramp_at_zero_silences_the_unlabeled_terms(name, started, monkeypatch):
+    trainer = started(name)
+    monkeypatch.setattr(trainer, "ramp", lambda fraction=1.0: 0.0)
+    batches = trainer.to_batches(next(trainer.dataloader_train))
+    full = gradients(trainer, trainer.total(terms_of(trainer, batches)))
+    labeled = {n: t for n, t in terms_of(trainer, batches).items() if not t.uses_unlabeled}
+    assert largest_difference(full, gradients(trainer, trainer.total(labeled))) < 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_other_unlabeled_images_change_only_the_terms_that_use_them(name, started):
+    trainer = started(name)
+    trainer.train_step(next(trainer.dataloader_train))
+    batches = trainer.to_batches(next(trainer.dataloader_train))
+    before, after = terms_of(trainer, batches), terms_of(trainer, other_images(batches))
+    changed = {n for n in before if abs(float(before[n].value.detach() - after[n].value.detach())) > 1e-5}
+    assert changed == {n for n in before if before[n].uses_unlabeled}
+
+
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_the_labeled_segmentation_does_not_enter_the_unlabeled_terms(name, started):
+    trainer = started(name)
+    labeled, unlabeled = trainer.to_batches(next(trainer.dataloader_train))
+    empty = dataclasses.replace(labeled, target=[torch.zeros_like(scale) for scale in labeled.target])
+    before, after = terms_of(trainer, (labeled, unlabeled)), terms_of(trainer, (empty, unlabeled))
+    for term in (n for n in before if before[n].uses_unlabeled):
+        assert float(before[term].value.detach()) == float(after[term].value.detach())
+    assert any(float(before[n].value.detach()) != float(after[n].value.detach()) for n in before)
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_no_gradient_reaches_the_teacher_and_no_optimizer_holds_it(name, started):
+    trainer = started(name)
+    trainer.train_step(next(trainer.dataloader_train))
+    batches = trainer.to_batches(next(trainer.dataloader_train))
+    trainer.total(terms_of(trainer, batches)).backward()
+    parameters = list(trainer.teacher.network.parameters())
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert all(p.grad is None and not p.requires_grad and id(p) not in optimized for p in parameters)
+    assert not trainer.teacher.network.training
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_the_teacher_copies_the_first_step_and_then_lags_behind_the_student(name, started):
+    trainer = started(name)
+
+    def distance() -> float:
+        pairs = zip(trainer.teacher.network.parameters(), trainer.network.parameters(), strict=True)
+        return max(float((teacher - student).detach().abs().max()) for teacher, student in pairs)
+
+    trainer.train_step(next(trainer.dataloader_train))
+    assert distance() == 0
+    trainer.train_step(next(trainer.dataloader_train))
+    assert distance() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------- situations
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", TRAINERS)
-def test_resuming_ends_in_the_weights_of_an_uninterrupted_run(name, build):
-    torch.set_num_threads(1)
-    whole = weights_after_training(build(name))
-    first = build(name)
-    first.num_val_iterations_per_epoch = 1
-    first.save_every = 1
-    first.on_epoch_end = _stop_after(first.on_epoch_end)
-    with pytest.raises(KeyboardInterrupt):
-        first.run_training()
-    second = build(name)
-    second.load_checkpoint(os.path.join(first.output_folder, "checkpoint_latest.pth"))
-    assert second.current_epoch == 1
-    resumed = weights_after_training(second)
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-
-
-def _stop_after(method):
-    def stop():
-        method()
-        raise KeyboardInterrupt
-
-    return stop
-
-
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_non_finite_term_stops_before_the_step_and_is_named(name, build, monkeypatch):
-    trainer = start(build(name))
-    original = trainer.supervised_loss
-    monkeypatch.setattr(trainer, "supervised_loss", lambda *args: original(*args) * float("nan"))
+def test_a_training_step_works_or_the_trainer_refuses_up_front(name, situation, started):
+    try:
+        trainer = started(name, **SITUATIONS[situation])
+    except LGSSLError:
+        return
     before = [p.detach().clone() for p in trainer.network.parameters()]
-    with pytest.raises(TrainingError, match="supervised"):
-        trainer.train_step(next(trainer.dataloader_train))
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
+    values = trainer.train_step(next(trainer.dataloader_train))
+    assert all(math.isfinite(float(value)) for value in values.values())
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.network.parameters(), strict=True))
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        assert math.isfinite(float(trainer.validation_step(next(trainer.dataloader_val))["loss"]))
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_fold_needs_five_labeled_cases(name, build):
-    with pytest.raises(LGSSLError, match="at least 5"):
-        build(name, fold=0)
-
-
-@pytest.mark.parametrize("name", [n for n in TRAINERS if find_trainer(n).views])
-def test_without_unlabeled_cases_the_method_refuses(name, build, preprocessed):
-    split = {**preprocessed[0]["lgssl"]["split"], "unlabeled": []}
-    with pytest.raises(LGSSLError, match="no unlabelled image"):
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_without_unlabeled_cases_the_method_refuses(name, build, tiny_dataset):
+    split = {**tiny_dataset().plans()["lgssl"]["split"], "unlabeled": []}
+    with pytest.raises(SplitError, match="no unlabelled image"):
         build(name, split=split)
 
 
+@pytest.mark.parametrize("name", WITHOUT_UNLABELED)
+def test_a_method_that_needs_no_unlabeled_case_trains_without_one(name, started, tiny_dataset):
+    split = {**tiny_dataset().plans()["lgssl"]["split"], "unlabeled": []}
+    trainer = started(name, split=split)
+    assert math.isfinite(float(trainer.train_step(next(trainer.dataloader_train))["loss"]))
+
+
+@pytest.mark.parametrize("fold", range(5))
+@pytest.mark.parametrize("name", GRID)
+def test_a_fold_needs_five_labeled_cases(name, fold, build, tiny_dataset):
+    split = tiny_dataset().plans()["lgssl"]["split"]
+    few = {**split, "labeled": split["labeled"][:4], "unlabeled": split["unlabeled"] + split["labeled"][4:]}
+    with pytest.raises(SplitError, match="at least 5"):
+        build(name, fold=fold, split=few)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_folds_split_the_labeled_cases_and_nothing_else(name, build, tiny_dataset):
+    labeled = set(tiny_dataset().plans()["lgssl"]["split"]["labeled"])
+    validated = []
+    for fold in range(5):
+        training, validation = build(name, fold=fold).do_split()
+        assert set(training) | set(validation) == labeled
+        assert not set(training) & set(validation)
+        validated += validation
+    assert sorted(validated) == sorted(labeled)
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_streams_hold_the_cases_of_the_split(name, started, tiny_dataset):
+    split = tiny_dataset().plans()["lgssl"]["split"]
+    loaders = started(name).dataloader_train.data_loader.loaders
+    assert list(loaders["labeled"].indices) == split["labeled"]
+    if "unlabeled" in loaders:
+        assert list(loaders["unlabeled"].indices) == split["unlabeled"]
+
+
+# ------------------------------------------------------------------------------------------------------------ mirroring
+
+
+@pytest.mark.parametrize(
+    ("configuration", "allowed", "expected"),
+    [
+        ("3d_fullres", None, (0, 1, 2)),
+        ("3d_fullres", [0, 1], (0, 1)),
+        ("3d_fullres", [], None),
+        ("2d", [0, 1], (0,)),
+        ("2d", [0], None),
+    ],
+)
+@pytest.mark.parametrize("name", GRID)
+def test_training_and_checkpoint_mirror_along_the_planned_axes_only(
+    name, configuration, allowed, expected, started, tmp_path
+):
+    trainer = started(name, configuration=configuration, mirroring_axes=allowed)
+    for loader in trainer.dataloader_train.data_loader.loaders.values():
+        views = isinstance(loader.transforms, ViewsTransform)
+        pipeline = loader.transforms.geometry if views else loader.transforms
+        mirrors = [t for t in pipeline.transforms if isinstance(t, MirrorTransform)]
+        assert [tuple(mirror.allowed_axes) for mirror in mirrors] == ([expected] if expected else [])
+    trainer.save_checkpoint(tmp_path / "checkpoint.pth")
+    stored = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+    assert stored["inference_allowed_mirroring_axes"] == expected
+
+
+# ---------------------------------------------------------------------------------------------- failing and resuming
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_term_that_is_not_finite_stops_before_the_step_and_is_named(name, started, same):
+    trainer = started(name)
+    trainer.train_step(next(trainer.dataloader_train))
+    batch = next(trainer.dataloader_train)
+    original = trainer.loss_terms
+
+    def state() -> list[dict]:
+        parts = [part.state_dict() for part in (trainer.network, *trainer._stateful_parts().values())]
+        return [*parts, trainer.optimizer.state_dict()["state"]]
+
+    before = pickle.dumps(state())
+    for broken in terms_of(trainer, trainer.to_batches(batch)):
+
+        def loss_terms(*batches: Any, broken: str = broken) -> Terms:
+            terms = original(*batches)
+            return {**terms, broken: dataclasses.replace(terms[broken], value=terms[broken].value * float("inf"))}
+
+        trainer.loss_terms = loss_terms
+        with pytest.raises(TrainingError, match=f"'{broken}' became"):
+            trainer.train_step(batch)
+        assert same(state(), pickle.loads(before))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_gradient_that_is_not_finite_stops_before_the_step(name, started, same):
+    trainer = started(name)
+    next(iter(trainer.network.parameters())).register_hook(lambda gradient: gradient * float("nan"))
+    before = pickle.dumps(trainer.network.state_dict())
+    with pytest.raises(TrainingError, match="gradient became nan"):
+        trainer.train_step(next(trainer.dataloader_train))
+    assert same(trainer.network.state_dict(), pickle.loads(before))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_resuming_ends_as_an_uninterrupted_run_to_the_bit(name, build, same):
+    whole = build(name, epochs=4)
+    whole.run_training()
+    first = build(name, epochs=4)
+    stop_after_epoch(first, 2)
+    with pytest.raises(KeyboardInterrupt):
+        first.run_training()
+    second = build(name, epochs=4)
+    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+    assert second.current_epoch == 2
+    second.run_training()
+    expected, resumed = checkpoint(whole), checkpoint(second)
+    for key in ("network_weights", "optimizer_state", "lgssl", "current_epoch", "inference_allowed_mirroring_axes"):
+        assert same(expected[key], resumed[key]), key
+    for curve in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
+        assert same(expected["logging"][curve], resumed["logging"][curve]), curve
+    assert expected["_best_ema"] == resumed["_best_ema"]
+
+
+@pytest.mark.parametrize("name", WITH_TEACHER)
+def test_the_checkpoint_holds_the_teacher_beside_the_prediction_network(name, finished, same):
+    trainer = finished(name)
+    stored = checkpoint(trainer)
+    assert same(stored["lgssl"]["teacher"], trainer.teacher.state_dict())
+    assert same(stored["network_weights"], trainer.network.state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- prediction
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_the_weights_fit_the_network_that_the_class_builds_from_the_plans_alone(name, finished, trainer_class):
+    trainer = finished(name)
+    network = trainer_class(name).build_network_architecture(
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        trainer.num_input_channels,
+        trainer.label_manager.num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+    network.load_state_dict(checkpoint(trainer)["network_weights"], strict=True)
+    patch = trainer.configuration_manager.patch_size
+    logits = network.eval()(torch.zeros(1, trainer.num_input_channels, *patch))
+    assert logits.shape == (1, trainer.label_manager.num_segmentation_heads, *patch)
+
+
 @pytest.mark.parametrize("name", TRAINERS)
-def test_no_mirroring_is_stored_as_none(name, build):
-    trainer = start(build(name, mirroring_axes=[]))
-    assert trainer.inference_allowed_mirroring_axes is None
+def test_the_model_folder_predicts_an_image_file(name, finished, tiny_dataset, tmp_path):
+    import SimpleITK as sitk
+
+    from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor
+
+    trainer = finished(name)
+    image = tiny_dataset().raw / "imagesTs" / "test_000_0000.nii.gz"
+    predictor = LGSSLPredictor(torch.device("cpu"), use_mirroring=False, progress=False)
+    predictor.load_model(trainer.output_folder_base, ["all"])
+    output = tmp_path / "test_000.nii.gz"
+    assert predictor.predict_files([Case("test_000", (image,), output)]) == {}
+    segmentation = sitk.ReadImage(str(output))
+    assert segmentation.GetSize() == sitk.ReadImage(str(image)).GetSize()
+    assert set(np.unique(sitk.GetArrayViewFromImage(segmentation))) <= {0, 1, 2}
 
 
-def test_rampup_has_its_published_values():
-    assert [round(sigmoid_rampup(step, 100), 4) for step in (0, 25, 50, 75, 100, 200)] == [
-        0.0067, 0.0601, 0.2865, 0.7316, 1.0, 1.0,
-    ]  # fmt: skip
+@pytest.mark.parametrize("name", TRAINERS)
+def test_stock_nnunet_predicts_the_same_logits_from_the_model_folder(name, finished, monkeypatch):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from lgssl_nnunet.inference.predictor import LGSSLPredictor
+
+    monkeypatch.setenv("nnUNet_extTrainer", str(PLUGIN_FOLDER))
+    trainer = finished(name)
+    stock = nnUNetPredictor(device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(trainer.output_folder_base, ("all",), "checkpoint_final.pth")
+    ours = LGSSLPredictor(torch.device("cpu"), use_mirroring=False, progress=False)
+    ours.load_model(trainer.output_folder_base, ["all"])
+    image = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 22, 26, 26)).astype(np.float32))
+    logits: list[Callable] = [p.predict_logits_from_preprocessed_data(image) for p in (stock, ours)]
+    assert torch.equal(*logits)

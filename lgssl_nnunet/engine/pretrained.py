@@ -1,0 +1,71 @@
+"""Start a network from the weights of another training, as far as they fit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from lgssl_nnunet.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(network: nn.Module, file: Path | str) -> int:
+    """Copy every weight of a checkpoint that the network has under the same name and in the same shape.
+
+    Segmentation layers are left as they are: their channels stand for other classes. So is what the checkpoint lacks,
+    such as the second decoder when a stock nnU-Net checkpoint starts a language-guided network.
+
+    Args:
+        network: the network, compiled or not.
+        file: a checkpoint of nnU-Net or of this package.
+
+    Returns:
+        The number of tensors taken, each counted once (nnU-Net's networks list shared tensors under several names).
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or nothing in it fits the network's encoder.
+    """
+    source = _read_weights(Path(file))
+    network = network._orig_mod if isinstance(network, OptimizedModule) else network
+    # Buffers stay: prompt embeddings belong to the plans of this training.
+    own = {
+        name: tensor
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if isinstance(tensor, nn.Parameter) and ".seg_layers." not in name
+    }
+    taken = {name for name in own if name in source and source[name].shape == own[name].shape}
+    if not any(name.startswith("encoder.") for name in taken):
+        raise CheckpointError(
+            f"Nothing in {file} fits the encoder of this network: pretrained weights must come from plans with the "
+            "same architecture and the same number of input channels."
+        )
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(source[name])
+    number = _number_of_tensors(own, taken)
+    logger.info("Pretrained weights: %d of %d tensors taken from %s.", number, _number_of_tensors(own, set(own)), file)
+    other_shape = sorted(name for name in own if name in source and name not in taken)
+    if other_shape:
+        logger.warning("Not taken, because the shapes differ: %s.", ", ".join(other_shape))
+    return number
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        # nnU-Net's checkpoints hold numpy objects, which torch's restricted reader refuses.
+        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or no checkpoint of nnU-Net.") from error
+    weights = checkpoint.get("network_weights") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"{file} has no network_weights; give a checkpoint of nnU-Net (checkpoint_final.pth).")
+    return weights
+
+
+def _number_of_tensors(own: dict[str, Tensor], names: set[str]) -> int:
+    return len({id(own[name]) for name in names})

@@ -1,0 +1,82 @@
+"""A method with everything the engine offers, and finished trainings to look into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.registry import find_trainer
+from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
+
+
+@dataclass(frozen=True)
+class ExampleHyperparameters:
+    """Numbers of the example.
+
+    Attributes:
+        weight: weight of the consistency after the ramp.
+    """
+
+    weight: float = 1.0
+
+
+class ExampleTeacherTrainer(SemiSupervisedTrainer):
+    """A mean teacher: stands in the grid for what no trainer of the package uses yet (teacher, both views)."""
+
+    hyperparameters = ExampleHyperparameters()
+    views = ("weak", "strong")
+    teacher_decay = 0.9
+
+    def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
+        supervised = self.supervised_loss(self.network(labeled.image), labeled.target)
+        student = torch.softmax(self.network(unlabeled.strong)[0].float(), dim=1)
+        teacher = torch.softmax(self.teacher(unlabeled.weak)[0].float(), dim=1)
+        consistency = (student - teacher).square().mean()
+        return {
+            "supervised": Term(supervised),
+            "consistency": Term(consistency, self.hp.weight * self.ramp(), uses_unlabeled=True),
+        }
+
+
+@pytest.fixture(scope="session")
+def trainer_class() -> Callable[[str], type]:
+    """The class behind a name of the grid."""
+    return lambda name: ExampleTeacherTrainer if name == ExampleTeacherTrainer.__name__ else find_trainer(name)
+
+
+@pytest.fixture(scope="session")
+def build(build_trainer, trainer_class) -> Callable[..., Any]:
+    """`build_trainer` for a name of the grid."""
+    return lambda name, **options: build_trainer(trainer_class(name), **options)
+
+
+@pytest.fixture(scope="session")
+def started(build) -> Callable[..., Any]:
+    """A trainer that is ready for its first `train_step`."""
+
+    def start(name: str, **options: Any) -> Any:
+        trainer = build(name, **options)
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        return trainer
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finished(build) -> Callable[[str], Any]:
+    """A trainer after a whole training of 2 epochs of 2 iterations, one per name and session; not to be changed."""
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            made[name] = build(name)
+            made[name].run_training()
+        return made[name]
+
+    return get

@@ -1,0 +1,140 @@
+"""-pretrained_weights: what of another training's checkpoint starts a network, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+from lgssl_nnunet.engine.pretrained import load_pretrained
+from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.networks.language_guided import build_language_guided_unet
+from lgssl_nnunet.training import _load_weights
+
+CLASSES = 3
+PLANS = SimpleNamespace(
+    plans={"plans_name": "LGSSLPlans", "lgssl": {"text": {"embeddings": torch.eye(CLASSES, 12).tolist()}}}
+)
+
+
+def configuration(features: int = 4) -> ConfigurationManager:
+    return ConfigurationManager(
+        {
+            "patch_size": [16, 16],
+            "architecture": {
+                "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+                "arch_kwargs": {
+                    "n_stages": 3,
+                    "features_per_stage": [features, 2 * features, 4 * features],
+                    "conv_op": "torch.nn.modules.conv.Conv2d",
+                    "kernel_sizes": [[3, 3]] * 3,
+                    "strides": [[1, 1], [2, 2], [2, 2]],
+                    "n_conv_per_stage": [1] * 3,
+                    "n_conv_per_stage_decoder": [1] * 2,
+                    "conv_bias": True,
+                    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
+                    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                    "dropout_op": None,
+                    "dropout_op_kwargs": None,
+                    "nonlin": "torch.nn.LeakyReLU",
+                    "nonlin_kwargs": {"inplace": True},
+                },
+                "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+            },
+        }
+    )
+
+
+def stock_network(features: int = 4, channels: int = 1) -> torch.nn.Module:
+    manager = configuration(features)
+    return get_network_from_plans(
+        manager.network_arch_class_name,
+        manager.network_arch_init_kwargs,
+        manager.network_arch_init_kwargs_req_import,
+        channels,
+        CLASSES,
+        deep_supervision=True,
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def save(content) -> str:
+        file = tmp_path / "checkpoint_final.pth"
+        torch.save({"network_weights": content.state_dict()} if isinstance(content, torch.nn.Module) else content, file)
+        return str(file)
+
+    return save
+
+
+@pytest.fixture
+def language_guided():
+    return build_language_guided_unet(PLANS, configuration(), 1, CLASSES)
+
+
+def test_a_stock_checkpoint_fills_encoder_and_first_decoder_and_nothing_else(checkpoint, language_guided):
+    stock = stock_network()
+    before = {name: tensor.clone() for name, tensor in language_guided.state_dict().items()}
+    load_pretrained(language_guided, checkpoint(stock))
+    source, after = stock.state_dict(), language_guided.state_dict()
+    expected = {name for name in after if name in source and ".seg_layers." not in name}
+    assert any(name.startswith("decoder.") for name in expected)
+    assert {name for name in after if name.startswith("encoder.")} <= expected
+    assert all(torch.equal(after[name], source[name]) for name in expected)
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in expected)
+
+
+def test_a_language_guided_checkpoint_fills_everything_but_the_segmentation_layers(checkpoint, language_guided):
+    other = build_language_guided_unet(PLANS, configuration(), 1, CLASSES)
+    load_pretrained(language_guided, checkpoint(other))
+    source = other.state_dict()
+    for name, tensor in language_guided.state_dict().items():
+        assert torch.equal(tensor, source[name]) != (name.endswith("weight") and ".seg_layers." in name)
+
+
+def test_tensors_that_nnunet_lists_twice_are_counted_once(checkpoint, caplog):
+    network = stock_network()
+    seg_layers = {id(p) for name, p in network.named_parameters() if ".seg_layers." in name}
+    with caplog.at_level(logging.INFO):
+        number = load_pretrained(network, checkpoint(stock_network()))
+    assert number == sum(id(p) not in seg_layers for p in network.parameters())
+    assert f"{number} of {number} tensors taken" in caplog.text
+
+
+def test_weights_of_another_shape_are_left_out_and_named(checkpoint, language_guided, caplog):
+    first = "encoder.stages.0.0.convs.0.conv.weight"
+    before = language_guided.state_dict()[first].clone()
+    load_pretrained(language_guided, checkpoint(stock_network(channels=2)))
+    assert torch.equal(language_guided.state_dict()[first], before)
+    assert first in caplog.text
+
+
+def test_weights_that_fit_no_part_of_the_encoder_are_refused(checkpoint, language_guided):
+    with pytest.raises(CheckpointError, match="fits the encoder"):
+        load_pretrained(language_guided, checkpoint(stock_network(features=6)))
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2]])
+def test_a_file_without_network_weights_is_refused(checkpoint, language_guided, content):
+    with pytest.raises(CheckpointError, match="no network_weights"):
+        load_pretrained(language_guided, checkpoint(content))
+
+
+def test_a_damaged_file_is_refused(tmp_path, language_guided):
+    file = tmp_path / "checkpoint_final.pth"
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_pretrained(language_guided, file)
+
+
+def test_training_initializes_the_network_before_it_takes_pretrained_weights(checkpoint, language_guided):
+    stock, called = stock_network(), []
+    run = SimpleNamespace(initialize=lambda: called.append("initialize"), network=language_guided)
+    _load_weights(run, continue_training=False, only_validate=False, pretrained_weights=checkpoint(stock))
+    assert called == ["initialize"]
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    assert torch.equal(language_guided.state_dict()[key], stock.state_dict()[key])
