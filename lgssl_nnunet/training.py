@@ -87,16 +87,15 @@ def train(
     trainer_class = find_trainer(trainer)
     dataset_folder = _preprocessed_folder(dataset)
     base_plans = _load_plans(dataset_folder, plans)
-    _check_configuration(base_plans, configuration)
+    _check_plans(base_plans, configuration, trainer, dataset_folder)
     used_plans = _derive_plans(
         base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
     )
     model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
     _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, validate_best, disable_checkpointing)
-    if used_plans is not base_plans:
-        _write_plans(dataset_folder, used_plans)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
     if num_gpus > 1:
+        _write_plans(dataset_folder, used_plans, base_plans)
         _train_distributed(
             dataset_folder.name,
             configuration,
@@ -113,6 +112,7 @@ def train(
         )
         return model_folder
     run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, device)
+    _write_plans(dataset_folder, used_plans, base_plans)
     run.disable_checkpointing, run.show_progress = disable_checkpointing, progress
     _load_weights(run, continue_training, only_validate, pretrained_weights)
     if not only_validate:
@@ -198,12 +198,25 @@ def _plans_files(dataset_folder: Path) -> list[Path]:
     return files
 
 
-def _check_configuration(plans: dict[str, Any], configuration: str) -> None:
+def _check_plans(plans: dict[str, Any], configuration: str, trainer: str, dataset_folder: Path) -> None:
+    if "lgssl" in plans and trainer not in trainer_names():
+        # They would ignore the split, the schedule and every option.
+        raise PlansError(
+            f"{trainer} is nnU-Net's own and knows nothing of the labelled cases and the schedule in "
+            f"{plans['plans_name']}: train SupervisedTrainer, which is nnU-Net on the labelled cases, or name plans of "
+            "nnU-Net with -p."
+        )
     if configuration not in plans["configurations"]:
         cascade = " The cascade is not supported." if "cascade" in configuration else ""
         raise PlansError(
             f"{plans['plans_name']} have no configuration {configuration}; they have "
             f"{', '.join(plans['configurations'])}.{cascade}"
+        )
+    folder = dataset_folder / plans["configurations"][configuration]["data_identifier"]
+    if not folder.is_dir():
+        raise PlansError(
+            f"{folder} does not exist: configuration {configuration} is planned but not preprocessed. Run "
+            f"lgssl_plan_and_preprocess again with -c {configuration} and without --no_pp."
         )
 
 
@@ -217,9 +230,7 @@ def _derive_plans(
     hyperparameters: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the plans themselves, or a derived copy whose name tells every option that differs from them."""
-    for name, value in (("epochs", epochs), ("iterations_per_epoch", iterations_per_epoch)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, not {value}.")
+    _check_numbers(epochs, iterations_per_epoch, unlabeled_batch_size, seed)
     settings = plans.get("lgssl")
     asked = [epochs, iterations_per_epoch, unlabeled_batch_size, seed]
     if settings is None:
@@ -255,6 +266,20 @@ def _derive_plans(
     return derived
 
 
+def _check_numbers(
+    epochs: int | None, iterations_per_epoch: int | None, unlabeled_batch_size: int | None, seed: int | None
+) -> None:
+    limits = {
+        "epochs": (epochs, 1),
+        "iterations_per_epoch": (iterations_per_epoch, 1),
+        "unlabeled_batch_size": (unlabeled_batch_size, 1),
+        "seed": (seed, 0),
+    }
+    for name, (value, least) in limits.items():
+        if value is not None and value < least:
+            raise UsageError(f"--{name} must be at least {least}, not {value}.")
+
+
 def _changed_hyperparameters(
     trainer_class: type, training: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -270,10 +295,12 @@ def _changed_hyperparameters(
     return {name: getattr(chosen, name) for name in values if getattr(chosen, name) != getattr(planned, name)}
 
 
-def _write_plans(dataset_folder: Path, plans: dict[str, Any]) -> None:
+def _write_plans(dataset_folder: Path, plans: dict[str, Any], base_plans: dict[str, Any]) -> None:
+    """Write derived plans; only once nothing refuses them any more."""
     from lgssl_nnunet.engine.checkpoint import save_json
 
-    save_json(plans, dataset_folder / f"{plans['plans_name']}.json")
+    if plans is not base_plans:
+        save_json(plans, dataset_folder / f"{plans['plans_name']}.json")
 
 
 def _model_folder(dataset: str, trainer: str, plans_name: str, configuration: str) -> Path:
@@ -295,6 +322,16 @@ def _check_run(
         )
 
 
+def _refuse_other_plans(model_folder: Path, plans: Mapping[str, Any]) -> None:
+    """Refuse to continue a run whose plans were replaced since: split, text or network may be others."""
+    file = model_folder / "plans.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != plans:
+        raise CheckpointError(
+            f"{file} differs from the present {plans['plans_name']}: the dataset was planned anew since this run "
+            "started. Move the model folder away to train again, or plan as before to continue."
+        )
+
+
 def _build(
     trainer_class: type,
     plans: dict[str, Any],
@@ -306,12 +343,20 @@ def _build(
 ) -> SemiSupervisedTrainer:
     from lgssl_nnunet.inference.device import choose_device
 
+    if continue_training:
+        _refuse_other_plans(
+            _model_folder(dataset_folder.name, trainer_class.__name__, plans["plans_name"], configuration), plans
+        )
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        import torch
+
+        # As nnU-Net's own command: patches have one size, for which the fastest algorithm is found once.
+        torch.backends.cudnn.benchmark = True
     dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
     # nnU-Net takes this entry out of the plans that it is given.
     plans = {**plans, "continue_training": continue_training}
-    return trainer_class(
-        plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=choose_device(device)
-    )
+    return trainer_class(plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=chosen)
 
 
 def _load_weights(

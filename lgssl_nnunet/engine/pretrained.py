@@ -28,7 +28,7 @@ def load_pretrained(network: nn.Module, file: Path | str) -> int:
         The number of tensors taken, each counted once (nnU-Net's networks list shared tensors under several names).
 
     Raises:
-        CheckpointError: the file is no checkpoint, or nothing in it fits the network's encoder.
+        CheckpointError: the file is no checkpoint, or none of its convolutions fits the network's encoder.
     """
     source = _read_weights(Path(file))
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
@@ -39,10 +39,11 @@ def load_pretrained(network: nn.Module, file: Path | str) -> int:
         if isinstance(tensor, nn.Parameter) and ".seg_layers." not in name
     }
     taken = {name for name in own if name in source and source[name].shape == own[name].shape}
-    if not any(name.startswith("encoder.") for name in taken):
+    # Biases and norms of a 2D network also fit a 3D one; without any convolution they mean nothing.
+    if not any(name.startswith("encoder.") and own[name].ndim > 1 for name in taken):
         raise CheckpointError(
-            f"Nothing in {file} fits the encoder of this network: pretrained weights must come from plans with the "
-            "same architecture and the same number of input channels."
+            f"No convolution in {file} fits the encoder of this network: pretrained weights must come from a "
+            "configuration with the same architecture."
         )
     with torch.no_grad():
         for name in taken:

@@ -21,7 +21,7 @@ PLANS = SimpleNamespace(
 )
 
 
-def configuration(features: int = 4) -> ConfigurationManager:
+def configuration(features: int = 4, kernel: int = 3) -> ConfigurationManager:
     return ConfigurationManager(
         {
             "patch_size": [16, 16],
@@ -31,7 +31,7 @@ def configuration(features: int = 4) -> ConfigurationManager:
                     "n_stages": 3,
                     "features_per_stage": [features, 2 * features, 4 * features],
                     "conv_op": "torch.nn.modules.conv.Conv2d",
-                    "kernel_sizes": [[3, 3]] * 3,
+                    "kernel_sizes": [[kernel, kernel]] * 3,
                     "strides": [[1, 1], [2, 2], [2, 2]],
                     "n_conv_per_stage": [1] * 3,
                     "n_conv_per_stage_decoder": [1] * 2,
@@ -49,8 +49,8 @@ def configuration(features: int = 4) -> ConfigurationManager:
     )
 
 
-def stock_network(features: int = 4, channels: int = 1) -> torch.nn.Module:
-    manager = configuration(features)
+def stock_network(features: int = 4, channels: int = 1, kernel: int = 3) -> torch.nn.Module:
+    manager = configuration(features, kernel)
     return get_network_from_plans(
         manager.network_arch_class_name,
         manager.network_arch_init_kwargs,
@@ -113,9 +113,12 @@ def test_weights_of_another_shape_are_left_out_and_named(checkpoint, language_gu
     assert first in caplog.text
 
 
-def test_weights_that_fit_no_part_of_the_encoder_are_refused(checkpoint, language_guided):
-    with pytest.raises(CheckpointError, match="fits the encoder"):
-        load_pretrained(language_guided, checkpoint(stock_network(features=6)))
+@pytest.mark.parametrize("difference", [{"features": 6}, {"kernel": 1}])
+def test_weights_of_which_no_convolution_fits_the_encoder_are_refused(checkpoint, language_guided, difference):
+    before = {name: tensor.clone() for name, tensor in language_guided.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"No convolution .* fits the encoder"):
+        load_pretrained(language_guided, checkpoint(stock_network(**difference)))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in language_guided.state_dict().items())
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2]])
