@@ -92,7 +92,7 @@ def train(
         base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
     )
     model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
-    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, validate_best, disable_checkpointing)
+    _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best, disable_checkpointing)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
     if num_gpus > 1:
         _write_plans(dataset_folder, used_plans, base_plans)
@@ -307,6 +307,21 @@ def _model_folder(dataset: str, trainer: str, plans_name: str, configuration: st
     return Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{plans_name}__{configuration}"
 
 
+def _check_model(
+    model_folder: Path,
+    fold: int | str,
+    plans: Mapping[str, Any],
+    continue_training: bool,
+    only_validate: bool,
+    validate_best: bool,
+    disable_checkpointing: bool,
+) -> None:
+    """Refuse what the model folder does not allow, however many GPUs the run is for."""
+    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, validate_best, disable_checkpointing)
+    if continue_training:
+        _refuse_other_plans(model_folder, plans)
+
+
 def _check_run(
     fold_folder: Path, continue_training: bool, only_validate: bool, validate_best: bool, disable_checkpointing: bool
 ) -> None:
@@ -343,10 +358,6 @@ def _build(
 ) -> SemiSupervisedTrainer:
     from lgssl_nnunet.inference.device import choose_device
 
-    if continue_training:
-        _refuse_other_plans(
-            _model_folder(dataset_folder.name, trainer_class.__name__, plans["plans_name"], configuration), plans
-        )
     chosen = choose_device(device)
     if chosen.type == "cuda":
         import torch

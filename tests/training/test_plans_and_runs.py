@@ -24,3 +24,13 @@ def test_a_run_does_not_continue_on_plans_that_were_replaced(train_tiny):
     (model / "plans.json").write_text(json.dumps(plans))
     with pytest.raises(CheckpointError, match="planned anew since this run started"):
         train_tiny(continue_training=True)
+
+
+def test_nor_does_a_run_on_several_gpus(train_tiny, monkeypatch):
+    model = train_tiny()
+    plans = json.loads((model / "plans.json").read_text())
+    plans["lgssl"]["split"]["labeled"].pop()
+    (model / "plans.json").write_text(json.dumps(plans))
+    monkeypatch.setattr("lgssl_nnunet.training._train_distributed", lambda *arguments: pytest.fail("it was started"))
+    with pytest.raises(CheckpointError, match="planned anew since this run started"):
+        train_tiny(continue_training=True, num_gpus=2)
