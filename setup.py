@@ -24,7 +24,7 @@ setup(
     package_dir={f"lgssl_nnunet.{room}": room for room in ROOMS},
     package_data={"lgssl_nnunet": ["py.typed"], "lgssl_nnunet.text": ["bank/*"]},
     install_requires=[
-        "nnunetv2>=2.8,<2.9",
+        "nnunetv2>=2.8.1,<2.9",
         "torch>=2.3,<3",
         "open_clip_torch>=2.24,<4",
         "batchgenerators>=0.25.1",

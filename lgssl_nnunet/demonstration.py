@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lgssl_nnunet.errors import UsageError
+from lgssl_nnunet.files import environment
 from lgssl_nnunet.paths import VARIABLES
 from lgssl_nnunet.phantom import GALLBLADDER, PhantomSpec, write_phantom_dataset
-from lgssl_nnunet.plans.files import environment
 
 if TYPE_CHECKING:
     import torch
@@ -93,13 +92,12 @@ def demo(
         Dice by trainer and class, and where everything lies.
 
     Raises:
-        UsageError: the folder holds something else, or nnU-Net was imported with other data folders before.
+        UsageError: the folder holds something else.
     """
     if iterations < 1:
         raise UsageError(f"--iterations must be at least 1, not {iterations}.")
     folder = Path(output or "lgssl_demo").expanduser().resolve()
     variables = {name: str(folder / name) for name in VARIABLES} | {"nnUNet_n_proc_DA": str(num_processes)}
-    _refuse_other_data_folders(variables)
     _claim_folder(folder)
     steps = _Steps(folder / "log.txt")
     with environment(variables):
@@ -129,16 +127,6 @@ class _Steps:
             yield
         self.seconds[name] = round(time.monotonic() - start, 1)
         logger.info("--- %s took %.0f s", name, self.seconds[name])
-
-
-def _refuse_other_data_folders(variables: dict[str, str]) -> None:
-    """Stop if nnU-Net, which reads its folders once, when it is imported, has read other ones."""
-    paths = sys.modules.get("nnunetv2.paths")
-    if paths is not None and any(getattr(paths, name) != variables[name] for name in VARIABLES):
-        raise UsageError(
-            "nnU-Net was imported before with other data folders, and reads them only once: run lgssl_demo, or call "
-            "demo() first thing in a new Python process."
-        )
 
 
 def _claim_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
+from lgssl_nnunet.files import write_json
 from lgssl_nnunet.paths import use_data_folders
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
@@ -154,13 +155,18 @@ def _check_options(
 def _preprocessed_folder(dataset: int | str) -> Path:
     root = Path(os.environ["nnUNet_preprocessed"])
     known = sorted(folder.name for folder in root.glob("Dataset*_*") if folder.is_dir())
-    matches = [name for name in known if name == str(dataset) or name[7:].split("_")[0].lstrip("0") == str(dataset)]
+    matches = [name for name in known if name == str(dataset) or _same_id(name, dataset)]
     if len(matches) == 1:
         return root / matches[0]
     listing = f" It holds: {', '.join(known)}." if known else ""
     remedy = "Plan it with lgssl_plan_and_preprocess first." if not matches else "Give the full name."
     problem = "There is no" if not matches else "There is more than one"
     raise UsageError(f"{problem} preprocessed dataset {dataset} in {root}.{listing} {remedy}")
+
+
+def _same_id(name: str, dataset: int | str) -> bool:
+    """Whether Dataset007_Name is dataset 7, 07 or 007."""
+    return str(dataset).isdigit() and int(name[len("Dataset") :].split("_")[0]) == int(dataset)
 
 
 def _load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
@@ -297,10 +303,8 @@ def _changed_hyperparameters(
 
 def _write_plans(dataset_folder: Path, plans: dict[str, Any], base_plans: dict[str, Any]) -> None:
     """Write derived plans; only once nothing refuses them any more."""
-    from lgssl_nnunet.engine.checkpoint import save_json
-
     if plans is not base_plans:
-        save_json(plans, dataset_folder / f"{plans['plans_name']}.json")
+        write_json(plans, dataset_folder / f"{plans['plans_name']}.json")
 
 
 def _model_folder(dataset: str, trainer: str, plans_name: str, configuration: str) -> Path:
@@ -358,7 +362,7 @@ def _build(
 ) -> SemiSupervisedTrainer:
     from lgssl_nnunet.inference.device import choose_device
 
-    chosen = choose_device(device)
+    chosen = choose_device(device) if device is None or isinstance(device, str) else device
     if chosen.type == "cuda":
         import torch
 

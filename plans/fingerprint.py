@@ -15,8 +15,8 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.plans.cases import RawDataset, find_reader
-from lgssl_nnunet.plans.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.problems import Problem, raise_if_any
 

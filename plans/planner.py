@@ -32,8 +32,8 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from lgssl_nnunet.errors import PlansError, UsageError
+from lgssl_nnunet.files import environment, read_json, write_json
 from lgssl_nnunet.plans.cases import RawDataset
-from lgssl_nnunet.plans.files import environment, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

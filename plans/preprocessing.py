@@ -24,8 +24,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from lgssl_nnunet.plans.cases import Case, RawDataset
-from lgssl_nnunet.plans.files import (
+from lgssl_nnunet.files import (
     content_hash,
     copy_file,
     environment,
@@ -33,6 +32,7 @@ from lgssl_nnunet.plans.files import (
     read_json_if_valid,
     write_json,
 )
+from lgssl_nnunet.plans.cases import Case, RawDataset
 from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.problems import Problem, raise_if_any
 

@@ -16,6 +16,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import empty_cache
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from tqdm import tqdm
@@ -25,13 +26,13 @@ from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
 from lgssl_nnunet.engine import hyperparameters
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
-from lgssl_nnunet.engine.checkpoint import save_json, save_torch, write_atomically
 from lgssl_nnunet.engine.logs import TermLog
 from lgssl_nnunet.engine.precision import move_network, preferred_memory_format, to_float, training_autocast
 from lgssl_nnunet.engine.schedules import CosineSchedule, sigmoid_rampup
 from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
 from lgssl_nnunet.engine.teacher import EMATeacher
 from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, UsageError
+from lgssl_nnunet.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +82,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{type(self).__name__} needs plans made by lgssl_plan_and_preprocess, and {plans.get('plans_name')} "
                 "are nnU-Net's own: plan the dataset with lgssl_plan_and_preprocess and pass its plans with -p."
             )
+        # Before nnU-Net's own initialisation, which makes the output folder.
+        self.hp = hyperparameters.resolve(self.hyperparameters, plans, type(self).__name__)
+        self._check_request(plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = plans["lgssl"]
         training = self.settings.get("training", {})
         self.seed = int(training.get("seed", 0))
-        self.hp = hyperparameters.resolve(self.hyperparameters, plans, type(self).__name__)
         self._read_schedule(self.settings["schedule"])
         self.unlabeled_batch_size = training.get("unlabeled_batch_size")
         self.iteration = 0
@@ -93,7 +96,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.term_log = TermLog()
         self.show_progress: bool | None = None
         self._progress_bar: tqdm | None = None
-        self._check_request()
 
     # ------------------------------------------------------------------ what a method provides
 
@@ -146,25 +148,27 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         # nnU-Net saves every 50 of 1000 epochs: the same share of a short schedule.
         self.save_every = max(1, self.num_epochs // 20)
 
-    def _check_request(self) -> None:
-        name, split = type(self).__name__, self.settings["split"]
-        if self.is_cascaded:
-            raise PlansError(f"{self.configuration_name} is a cascade, which {name} cannot train: use 3d_fullres.")
-        if self.uses_unlabeled and not split["unlabeled"]:
+    @classmethod
+    def _check_request(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        name, split, plans_name = cls.__name__, plans["lgssl"]["split"], plans["plans_name"]
+        planned = PlansManager(plans).get_configuration(configuration)
+        if planned.previous_stage_name is not None:
+            raise PlansError(f"{configuration} is a cascade, which {name} cannot train: use 3d_fullres.")
+        if cls.views and not split["unlabeled"]:
             raise SplitError(
-                f"{self.plans_manager.plans_name} have no unlabelled image, and {name} learns from them: put images "
-                "into imagesUn, plan with --labeled N, or train SupervisedTrainer."
+                f"{plans_name} have no unlabelled image, and {name} learns from them: put images into imagesUn, plan "
+                "with --labeled N, or train SupervisedTrainer."
             )
-        if self.fold != "all" and len(split["labeled"]) < MIN_CASES_FOR_FOLDS:
+        if fold != "all" and len(split["labeled"]) < MIN_CASES_FOR_FOLDS:
             raise SplitError(
-                f"Fold {self.fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and "
-                f"{self.plans_manager.plans_name} have {len(split['labeled'])}: train with -f all."
+                f"Fold {fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and {plans_name} have "
+                f"{len(split['labeled'])}: train with -f all."
             )
-        planned = self.configuration_manager.batch_size
-        if self.pairs_batches and self.unlabeled_batch_size not in (None, planned):
+        asked = plans["lgssl"].get("training", {}).get("unlabeled_batch_size")
+        if cls.pairs_batches and asked not in (None, planned.batch_size):
             raise UsageError(
                 f"{name} pairs every labelled with an unlabelled patch: leave out --unlabeled_batch_size or give "
-                f"{planned}."
+                f"{planned.batch_size}."
             )
 
     def initialize(self) -> None:
@@ -333,8 +337,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _write_model_description(self) -> None:
         folder, preprocessed = Path(self.output_folder_base), Path(self.preprocessed_dataset_folder_base)
-        save_json(self.plans_manager.plans, folder / "plans.json")
-        save_json(self.dataset_json, folder / "dataset.json")
+        write_json(self.plans_manager.plans, folder / "plans.json")
+        write_json(self.dataset_json, folder / "dataset.json")
         planned_as = self.settings.get("training", {}).get("planned_as", self.plans_manager.plans_name)
         fingerprint = preprocessed / f"dataset_fingerprint_{planned_as}.json"
         if fingerprint.is_file():
@@ -448,22 +452,20 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written: checkpointing is disabled.")
             return
-        save_torch(
-            {
-                "network_weights": self.plain_network.state_dict(),
-                "optimizer_state": self.optimizer.state_dict(),
-                "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-                "logging": self.logger.get_checkpoint(),
-                "_best_ema": self._best_ema,
-                "current_epoch": self.current_epoch + 1,
-                "init_args": self.my_init_kwargs,
-                "trainer_name": type(self).__name__,
-                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
-                "lgssl": {name: part.state_dict() for name, part in self._stateful_parts().items()}
-                | {"terms": self.term_log.rows},
-            },
-            filename,
-        )
+        checkpoint = {
+            "network_weights": self.plain_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": type(self).__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            "lgssl": {name: part.state_dict() for name, part in self._stateful_parts().items()}
+            | {"terms": self.term_log.rows},
+        }
+        write_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Restore everything that `save_checkpoint` wrote."""

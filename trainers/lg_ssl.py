@@ -9,9 +9,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
-from lgssl_nnunet.engine.hyperparameters import resolve
-from lgssl_nnunet.losses.consistency import agreement, difference_agreement, probabilities
-from lgssl_nnunet.networks.language_guided import build_language_guided_unet
+from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
+from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill, probabilities
+from lgssl_nnunet.networks.language_guided import PREDICTIONS, PROMPT_MODES, build_language_guided_unet
+from lgssl_nnunet.text.adapter import PROMPT_SOURCES
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
 
@@ -25,10 +26,14 @@ class LGSSLHyperparameters:
         residual_gate: add the fused feature to the image feature with a gate that starts closed.
         affine_norm: learnable scale and shift in TVSF's normalisations; False is the published form.
         stop_gradient: keep unlabelled patches from changing the prompt features.
+        faithful_decoder: decoder 2 upsamples first and then convolves, as published, at 1.6 times the cost.
         dropout: rate on the fused bottleneck, drawn per decoder.
+        agreement: form of the agreement term, "squared" (of probabilities) or "distill" (of logits, temperature 2).
+        detach_labeled: the difference term leaves the labelled predictions alone; False as drawn in the figure.
         consistency_weight: weight of both consistency terms after the ramp.
         difference_weight: weight of the labelled-minus-unlabelled term relative to the agreement term.
         ramp_fraction: share of the iterations over which the consistency weight rises.
+        prediction: decoder that predicts, "first" as published, or "mean" of both decoders' logits.
     """
 
     prompt_mode: str = "attention"
@@ -36,10 +41,20 @@ class LGSSLHyperparameters:
     residual_gate: bool = True
     affine_norm: bool = True
     stop_gradient: bool = True
+    faithful_decoder: bool = False
     dropout: float = 0.5
+    agreement: str = "squared"
+    detach_labeled: bool = True
     consistency_weight: float = 1.0
     difference_weight: float = 1.0
     ramp_fraction: float = 0.4
+    prediction: str = "first"
+
+    def __post_init__(self) -> None:
+        check_choices(self, prompt_mode=PROMPT_MODES, prompt_source=PROMPT_SOURCES, agreement=("squared", "distill"))
+        check_choices(self, prediction=PREDICTIONS)
+        check_ranges(self, dropout=(0, 0.99), consistency_weight=(0, None), difference_weight=(0, None))
+        check_ranges(self, ramp_fraction=(0, 1))
 
 
 class LGSSLTrainer(SemiSupervisedTrainer):
@@ -74,7 +89,9 @@ class LGSSLTrainer(SemiSupervisedTrainer):
             residual_gate=hp.residual_gate,
             affine_norm=hp.affine_norm,
             stop_gradient=hp.stop_gradient,
+            faithful_decoder=hp.faithful_decoder,
             dropout=hp.dropout,
+            prediction=hp.prediction,
         )
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
@@ -87,12 +104,12 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         p1, q1 = self._split(first[0], n)
         p2, q2 = self._split(second[0], n)
         weight = self.hp.consistency_weight * self.ramp(self.hp.ramp_fraction)
+        agree = agreement(q1, q2) if self.hp.agreement == "squared" else distill(first[0][n:], second[0][n:])
+        differ = difference_agreement(p1, q1, p2, q2, detach_labeled=self.hp.detach_labeled)
         return {
             "supervised": Term(supervised),
-            "agreement": Term(agreement(q1, q2), weight, uses_unlabeled=True),
-            "difference": Term(
-                difference_agreement(p1, q1, p2, q2), weight * self.hp.difference_weight, uses_unlabeled=True
-            ),
+            "agreement": Term(agree, weight, uses_unlabeled=True),
+            "difference": Term(differ, weight * self.hp.difference_weight, uses_unlabeled=True),
         }
 
     def _split(self, logits: torch.Tensor, num_labeled: int) -> tuple[torch.Tensor, torch.Tensor]:

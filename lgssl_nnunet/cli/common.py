@@ -60,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, folders: bool = Tru
 def apply_common_arguments(arguments: argparse.Namespace) -> None:
     """Put the folder flags into nnU-Net's environment variables (a flag wins); has no other effect.
 
-    nnU-Net reads these variables once, when it is imported, so this comes before any such import.
+    Some nnU-Net modules copy these variables when they are imported, so this comes before any such import.
     """
     for flag, variable in _FOLDER_FLAGS.items():
         folder = getattr(arguments, flag, None)
@@ -120,13 +120,16 @@ def run_command(
 def choose_device(name: str | None) -> torch.device:
     """Return the device named by `-device`, or the best one there is, and give torch its threads.
 
-    Imports torch when called. As in nnU-Net's commands, torch may use every core on a CPU and one host thread
-    on a GPU, where worker processes do the rest.
+    Imports torch when called. As in nnU-Net's commands, torch may use every core on a CPU, unless OMP_NUM_THREADS says
+    otherwise, and one host thread on a GPU, where worker processes do the rest.
     """
     import torch
 
     from lgssl_nnunet.inference.device import choose_device as choose
 
     device = choose(name)
-    torch.set_num_threads((os.cpu_count() or 1) if device.type == "cpu" else 1)
+    if device.type != "cpu":
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
     return device

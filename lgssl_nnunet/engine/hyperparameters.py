@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from lgssl_nnunet.errors import UsageError
@@ -71,3 +71,28 @@ def _convert(value: Any, default: Any) -> Any:
     if isinstance(value, float) and converted != value:  # int(2.5) would be 2 without a word
         raise ValueError(value)
     return converted
+
+
+def check_choices(values: Any, **choices: Sequence[str]) -> None:
+    """Check fields of a dataclass against the values they may take.
+
+    Raises:
+        ValueError: a field holds another value.
+    """
+    for name, allowed in choices.items():
+        value = getattr(values, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown, choose one of {', '.join(allowed)}")
+
+
+def check_ranges(values: Any, **ranges: tuple[float, float | None]) -> None:
+    """Check fields of a dataclass against a least and a greatest value (None: no limit).
+
+    Raises:
+        ValueError: a field lies outside.
+    """
+    for name, (least, greatest) in ranges.items():
+        value = getattr(values, name)
+        if value < least or (greatest is not None and value > greatest):
+            limits = f"at least {least}" if greatest is None else f"between {least} and {greatest}"
+            raise ValueError(f"{name}={value} must be {limits}")

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from lgssl_nnunet.engine.checkpoint import write_atomically
+from lgssl_nnunet.files import write_atomically
 
 
 class TermLog:

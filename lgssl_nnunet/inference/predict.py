@@ -16,6 +16,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
+from lgssl_nnunet.files import read_json_if_valid, write_json
 from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images
 from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.models import (
@@ -28,7 +29,6 @@ from lgssl_nnunet.inference.models import (
 )
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, check_precision
 from lgssl_nnunet.paths import data_folders
-from lgssl_nnunet.plans.files import read_json_if_valid, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 PROMPT_MODES = ("fixed_volume", "attention", "none")
+PREDICTIONS = ("first", "mean")
 DROPOUTS = {2: nn.Dropout2d, 3: nn.Dropout3d}
 
 Logits = torch.Tensor | list[torch.Tensor]
@@ -29,7 +30,7 @@ class LanguageGuidedUNet(nn.Module):
     """One encoder, two decoders that upsample differently, and optionally prompts fused in at the bottleneck.
 
     Encoder and first decoder are those of the plans' network and keep their keys (`encoder.*`, `decoder.*`), so a stock
-    checkpoint's weights fit them. Called with an image alone, it predicts with the first decoder.
+    checkpoint's weights fit them. Called with an image alone, it predicts.
 
     Args:
         network: a network built from the plans, with `.encoder` and `.decoder`; its modules are taken over.
@@ -37,6 +38,7 @@ class LanguageGuidedUNet(nn.Module):
         prompts: makes the prompt volume, `forward(v, labeled_rows) -> tau`; None: no text.
         fusion: fuses it in; given if and only if `prompts` is.
         dropout: rate of channel dropout on the fused bottleneck, drawn for each decoder by itself, in training only.
+        prediction: "first" predicts with the first decoder alone, "mean" with the mean of both decoders' logits.
 
     Source: LG-SSL (2025); methods.md 2.3, 2.7 #15-#19.
     """
@@ -48,6 +50,7 @@ class LanguageGuidedUNet(nn.Module):
         prompts: FixedVolumePrompts | AttentionPrompts | None = None,
         fusion: TextVisionSelectionFusion | None = None,
         dropout: float = 0.0,
+        prediction: str = "first",
     ) -> None:
         super().__init__()
         if (prompts is None) != (fusion is None):
@@ -57,6 +60,7 @@ class LanguageGuidedUNet(nn.Module):
         self.second_decoder = second_decoder
         self.prompts = prompts
         self.fusion = fusion
+        self.prediction = prediction
         self.dropout = DROPOUTS[convert_conv_op_to_dim(self.encoder.conv_op)](dropout)
 
     def forward(self, x: torch.Tensor, labeled_rows: int | None = None) -> Logits | tuple[Logits, Logits]:
@@ -68,17 +72,18 @@ class LanguageGuidedUNet(nn.Module):
                 prediction.
 
         Returns:
-            Without `labeled_rows` the first decoder's logits `(B, C, X, Y, Z)`, with it those of both decoders as a
-            pair. A decoder with deep supervision on gives a list of logits instead, full resolution first.
+            Without `labeled_rows` the predicted logits `(B, C, X, Y, Z)`, with it those of both decoders as a pair.
+            With deep supervision on, lists of logits instead, full resolution first.
         """
         skips = self.encoder(x)
         if self.fusion is not None:
             fused, _ = self.fusion(skips[-1], self.prompts(skips[-1], labeled_rows))
             skips = [*skips[:-1], fused]
         first = self.decoder(self._perturb(skips))
-        if labeled_rows is None:
+        if labeled_rows is None and self.prediction == "first":
             return first
-        return first, self.second_decoder(self._perturb(skips))
+        second = self.second_decoder(self._perturb(skips))
+        return _mean(first, second) if labeled_rows is None else (first, second)
 
     def _perturb(self, skips: list[torch.Tensor]) -> list[torch.Tensor]:
         """Draw dropout on the bottleneck anew, leaving the other skips alone."""
@@ -117,12 +122,12 @@ def build_language_guided_unet(
     *,
     prompt_mode: str = "attention",
     prompt_source: str = "text",
-    prompt_seed: int = 0,
     stop_gradient: bool = True,
     residual_gate: bool = True,
     affine_norm: bool = True,
     dropout: float = 0.0,
     faithful_decoder: bool = False,
+    prediction: str = "first",
 ) -> LanguageGuidedUNet:
     """Build a `LanguageGuidedUNet` from plans; needs no text encoder, the embeddings are in the plans.
 
@@ -135,13 +140,13 @@ def build_language_guided_unet(
         num_output_channels: output channels C (classes with background, or regions).
         enable_deep_supervision: whether both decoders return lists of logits.
         prompt_mode: "fixed_volume" (published: tied to patch positions), "attention" (any patch size) or "none".
-        prompt_source: "text", or the controls "random" and "shuffled".
-        prompt_seed: draw of the controls.
+        prompt_source: "text", or the controls "random" and "shuffled", drawn under the plans' training seed.
         stop_gradient: unlabelled rows do not train the prompt feature.
         residual_gate: `v + gamma * (m * s)` with gamma 0 at the start instead of the published `m * s`.
         affine_norm: learnable scale and shift in the fusion's normalisation (published: none).
         dropout: rate on the fused bottleneck, per decoder (published: 0.5).
         faithful_decoder: the published upsampling in the second decoder.
+        prediction: "first" (published: the first decoder alone) or "mean" of both.
 
     Raises:
         PlansError: the plans lack embeddings for the output channels, or their architecture is no U-Net.
@@ -168,17 +173,23 @@ def build_language_guided_unet(
         network.encoder, num_output_channels, convolutions, enable_deep_supervision, faithful=faithful_decoder
     )
     if prompt_mode == "none":
-        return LanguageGuidedUNet(network, second_decoder, dropout=dropout)
-    embeddings = prompt_embeddings(
-        prompt_source, _planned_embeddings(plans_manager, num_output_channels), seed=prompt_seed
-    )
+        return LanguageGuidedUNet(network, second_decoder, dropout=dropout, prediction=prediction)
+    seed = plans_manager.plans.get("lgssl", {}).get("training", {}).get("seed", 0)
+    embeddings = prompt_embeddings(prompt_source, _planned_embeddings(plans_manager, num_output_channels), seed)
     channels, shape = network.encoder.output_channels[-1], bottleneck_shape(configuration_manager)
     if prompt_mode == "fixed_volume":
         prompts = FixedVolumePrompts(embeddings, channels, shape, stop_gradient=stop_gradient)
     else:
         prompts = AttentionPrompts(embeddings, channels, len(shape), stop_gradient=stop_gradient)
     fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, residual_gate=residual_gate)
-    return LanguageGuidedUNet(network, second_decoder, prompts, fusion, dropout)
+    return LanguageGuidedUNet(network, second_decoder, prompts, fusion, dropout, prediction)
+
+
+def _mean(first: Logits, second: Logits) -> Logits:
+    """Average logits, as nnU-Net does over folds and mirrored copies."""
+    if isinstance(first, torch.Tensor):
+        return (first + second) / 2
+    return [_mean(*pair) for pair in zip(first, second, strict=True)]
 
 
 def bottleneck_shape(configuration_manager: ConfigurationManager) -> tuple[int, ...]:

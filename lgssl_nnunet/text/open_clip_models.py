@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import MissingDependencyError, PromptError
-from lgssl_nnunet.text.encoders import TextEncoder, file_sha256, first_line, missing_packages, offline
+from lgssl_nnunet.text.encoders import INSTALL, TextEncoder, file_sha256, first_line, missing_packages, offline
 
 _HUB = "hf-hub:"
 _LOCAL = "local-dir:"
@@ -141,7 +141,7 @@ def _check_text_tower(name: str, text_config: Mapping[str, Any]) -> None:
     if not repositories:
         return
     if missing_packages(["transformers"]):
-        raise MissingDependencyError(f"Text encoder {name} needs transformers: run pip install 'lgssl_nnunet[text]'.")
+        raise MissingDependencyError(f"Text encoder {name} needs transformers: run {INSTALL}.")
     for repository in sorted(repositories):
         if not name.startswith(_LOCAL) and not Path(repository).is_dir() and not _cached(repository, ["config.json"]):
             raise PromptError(_how_to_download(name, repository))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
 
-from lgssl_nnunet.engine.hyperparameters import override, resolve
+from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, override, resolve
 from lgssl_nnunet.errors import UsageError
 
 
@@ -94,3 +95,36 @@ def test_plans_without_overrides_give_the_defaults(plans):
 def test_plans_carry_overrides():
     plans = {"lgssl": {"training": {"hyperparameters": {"steps": 7}}}}
     assert resolve(Numbers(), plans, "X").steps == 7
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Fields with choices and limits."""
+
+    form: str = "a"
+    rate: float = 0.5
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choices(self, form=("a", "b"))
+        check_ranges(self, rate=(0, 1), weight=(0, None))
+
+
+@pytest.mark.parametrize("values", [{"form": "b"}, {"rate": 0.0}, {"rate": 1.0}, {"weight": 0.0}, {"weight": 1e9}])
+def test_values_up_to_the_limits_are_taken(values):
+    changed = override(Bounded(), values, "X")
+    assert {name: getattr(changed, name) for name in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"form": "c"}, "form='c' is unknown, choose one of a, b"),
+        ({"rate": -0.1}, "rate=-0.1 must be between 0 and 1"),
+        ({"rate": 1.1}, "rate=1.1 must be between 0 and 1"),
+        ({"weight": -1.0}, "weight=-1.0 must be at least 0"),
+    ],
+)
+def test_values_outside_are_refused_with_the_limits(values, sentence):
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        override(Bounded(), values, "XTrainer")

@@ -60,6 +60,27 @@ def test_an_image_alone_is_predicted_by_the_first_decoder(build, configuration_m
     assert torch.equal(network(x), network(x, labeled_rows=1)[0])
 
 
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_or_by_the_mean_of_both(build, configuration_manager, deep_supervision):
+    network = open_gate(build(configuration_manager, deep_supervision, prediction="mean"))
+    x = images(configuration_manager)
+    predicted, (first, second) = network(x), network(x, labeled_rows=1)
+    if not deep_supervision:
+        predicted, first, second = [predicted], [first], [second]
+    for mean, one, other in zip(predicted, first, second, strict=True):
+        torch.testing.assert_close(mean, 0.5 * one + 0.5 * other)
+
+
+def test_the_control_without_meaning_is_drawn_under_the_training_seed(build, configuration_3d, make_plans):
+    drawn = []
+    for seed in (0, 0, 1):
+        plans = make_plans(CLASSES)
+        plans.plans["lgssl"]["training"] = {"seed": seed}
+        drawn.append(build(configuration_3d, plans=plans, prompt_source="random").prompts.embeddings)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
 def test_deep_supervision_switches_on_both_decoders_or_on_one(build, configuration_3d):
     network, x = build(configuration_3d, deep_supervision=True), images(configuration_3d)
     first, second = network(x, labeled_rows=1)

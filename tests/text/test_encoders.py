@@ -57,7 +57,7 @@ def test_all_classes_without_a_prompt_are_refused_at_once_with_the_ways_out(no_t
     assert "'Fnord'" in message
     assert "'lliver' ('A computerized tomography of a lliver'; near: 'liver')" in message
     assert "'background'" not in message
-    for way_out in ("--prompts", "lgssl_nnunet[text]", "--text_encoder", "transformers"):
+    for way_out in ("--prompts", ".[text]", "--text_encoder", "transformers"):
         assert way_out in message
 
 
@@ -83,7 +83,7 @@ def test_bank_file_is_used_and_named(tmp_path):
 
 
 def test_minilm_without_the_extra_is_refused(no_text_extra):
-    with pytest.raises(MissingDependencyError, match=r"transformers.*lgssl_nnunet\[text\]"):
+    with pytest.raises(MissingDependencyError, match=r"transformers.*\.\[text\]"):
         embed_prompts(prompts_of("liver"), "minilm")
 
 

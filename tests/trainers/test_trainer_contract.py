@@ -332,10 +332,11 @@ def test_a_training_step_works_or_the_trainer_refuses_up_front(name, situation, 
 
 
 @pytest.mark.parametrize("name", WITH_UNLABELED)
-def test_without_unlabeled_cases_the_method_refuses(name, build, tiny_dataset):
+def test_without_unlabeled_cases_the_method_refuses_and_leaves_no_folder(name, build, tiny_dataset, tmp_path):
     split = {**tiny_dataset().plans()["lgssl"]["split"], "unlabeled": []}
     with pytest.raises(SplitError, match="no unlabelled image"):
-        build(name, split=split)
+        build(name, split=split, results=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", WITHOUT_UNLABELED)

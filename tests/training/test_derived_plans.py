@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass
 
 import pytest
 
@@ -30,6 +31,19 @@ NOTHING_NEW = [
     {"seed": 0},
     {"hyperparameters": {"consistency_weight": "1.0", "prompt_mode": "attention"}},
 ]
+
+
+@dataclass(frozen=True)
+class FreeWord:
+    """A hyper-parameter that takes any word."""
+
+    word: str = "default"
+
+
+class FreeWordTrainer:
+    """What a trainer shows of itself before it is built."""
+
+    hyperparameters = FreeWord()
 
 
 @pytest.fixture
@@ -66,9 +80,10 @@ def test_a_derived_name_keeps_the_folder_name_readable_for_nnunet(options, deriv
     assert set(name) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.+_-")
 
 
-def test_words_with_underscores_and_signs_give_no_double_underscore(derive):
+def test_words_with_underscores_and_signs_give_no_double_underscore(tiny_dataset):
     for value in ("__", "a__b", "_", "a/b", "../x", "ü", "a b"):
-        name = derive(hyperparameters={"prompt_mode": value})["plans_name"]
+        plans = tiny_dataset().plans()
+        name = _derive_plans(plans, FreeWordTrainer, None, None, None, None, {"word": value})["plans_name"]
         assert "__" not in name
         assert "/" not in name
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,36 @@ def read_json_if_valid(path: Path) -> Any | None:
         return None
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Write a JSON file in one step: readers see the old content or the new one, never a part."""
+def write_atomically(path: Path | str, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary name beside `path`, then move the result into place.
+
+    Readers see the old content or the new one, never a part; a failed write leaves the old one and nothing else.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: Any, path: Path | str) -> None:
+    """Write a JSON file in one step, keys in the given order."""
+    text = json.dumps(content, indent=4) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file in one step, with its modification time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.copyfile(source, unfinished)
-    shutil.copystat(source, unfinished)
-    unfinished.chmod(0o644)  # raw data is often read-only; a copy must stay replaceable
-    os.replace(unfinished, target)
+
+    def copy(temporary: Path) -> None:
+        shutil.copyfile(source, temporary)
+        shutil.copystat(source, temporary)
+        temporary.chmod(0o644)  # raw data is often read-only; a copy must stay replaceable
+
+    write_atomically(target, copy)
 
 
 def file_signature(path: Path) -> list[str | int]:

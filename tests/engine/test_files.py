@@ -1,0 +1,94 @@
+"""A file is written whole or not at all; what has changed is told from signatures and hashes."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from lgssl_nnunet import files
+from lgssl_nnunet.files import content_hash, copy_file, environment, file_signature, write_atomically, write_json
+
+
+class Unsavable:
+    def __reduce__(self):
+        raise RuntimeError("disk full")
+
+
+def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tmp_path):
+    file = tmp_path / "checkpoint_latest.pth"
+    write_atomically(file, lambda temporary: torch.save({"epoch": 1}, temporary))
+    with pytest.raises(RuntimeError, match="disk full"):
+        write_atomically(file, lambda t: torch.save({"weights": torch.zeros(1000), "broken": Unsavable()}, t))
+    assert torch.load(file) == {"epoch": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_kill_between_writing_and_moving_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "plans.json"
+    write_json({"old": True}, file)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json({"old": False}, file)
+    assert json.loads(file.read_text()) == {"old": True}
+
+
+def test_the_file_is_complete_before_it_gets_its_name(tmp_path):
+    file = tmp_path / "curve.csv"
+    seen = []
+
+    def write(temporary):
+        temporary.write_text("half")
+        seen.append(file.exists())
+        temporary.write_text("whole")
+
+    write_atomically(file, write)
+    assert seen == [False]
+    assert file.read_text() == "whole"
+
+
+def test_the_temporary_name_lies_beside_the_file_and_hides_from_listings(tmp_path):
+    names = []
+    write_atomically(str(tmp_path / "a.json"), lambda t: (names.append(t), t.write_text("{}")))
+    assert names[0].parent == tmp_path
+    assert names[0].name.startswith(".a.json.")
+
+
+def test_json_keeps_the_order_of_the_keys(tmp_path):
+    write_json({"z": 1, "a": [1, 2]}, tmp_path / "plans.json")
+    assert list(json.loads((tmp_path / "plans.json").read_text())) == ["z", "a"]
+
+
+def test_the_environment_is_restored_even_after_an_error(monkeypatch):
+    monkeypatch.setenv("LGSSL_A", "before")
+    monkeypatch.delenv("LGSSL_B", raising=False)
+
+    def fail_inside():
+        with environment({"LGSSL_A": "1", "LGSSL_B": "2"}):
+            assert os.environ["LGSSL_B"] == "2"
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail_inside()
+    assert os.environ["LGSSL_A"] == "before"
+    assert "LGSSL_B" not in os.environ
+
+
+def test_a_copy_of_a_read_only_file_can_be_replaced(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "folder" / "target"
+    source.write_text("a")
+    source.chmod(0o444)
+    copy_file(source, target)
+    assert file_signature(target)[1:] == file_signature(source)[1:]
+    copy_file(source, target)
+    target.write_text("b")
+
+
+def test_a_hash_does_not_depend_on_the_order_of_keys():
+    assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1}) != content_hash({"a": 1, "b": [3]})
