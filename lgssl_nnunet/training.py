@@ -83,7 +83,7 @@ def train(
         CheckpointError: the run exists already, or there is nothing to validate.
     """
     use_data_folders()
-    _check_options(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights)
+    _check_flags(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights, num_gpus)
     fold = parse_fold(fold)
     trainer_class = find_trainer(trainer)
     dataset_folder = _preprocessed_folder(dataset)
@@ -135,12 +135,13 @@ def parse_fold(fold: int | str) -> int | str:
     raise UsageError(f"Fold {fold!r} does not exist: use all, or 0 to 4.")
 
 
-def _check_options(
+def _check_flags(
     continue_training: bool,
     only_validate: bool,
     validate_best: bool,
     disable_checkpointing: bool,
     pretrained_weights: Path | str | None,
+    num_gpus: int,
 ) -> None:
     if continue_training and only_validate:
         raise UsageError("--c continues a training and --val only validates a finished one: give one of them.")
@@ -148,6 +149,8 @@ def _check_options(
         raise UsageError("--c and -pretrained_weights exclude each other: pretrained weights start a training.")
     if validate_best and disable_checkpointing:
         raise UsageError("--val_best needs the checkpoint that --disable_checkpointing does not write.")
+    if pretrained_weights is not None and num_gpus > 1:
+        raise UsageError("-pretrained_weights works on one GPU only: leave out -num_gpus.")
     if pretrained_weights is not None and not Path(pretrained_weights).is_file():
         raise UsageError(f"The file of -pretrained_weights does not exist: {pretrained_weights}.")
 

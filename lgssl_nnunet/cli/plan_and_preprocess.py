@@ -54,7 +54,8 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--text_encoder",
         default="bank",
         metavar="ENCODER",
-        help="prompt embeddings: bank (shipped, offline), an open_clip model or local weights (default: bank)",
+        help="what embeds the prompts: bank (shipped), minilm, file:BANK.npz, hf:FOLDER, biomedclip, hf-hub:ORG/NAME, "
+        "local-dir:FOLDER or MODEL/PRETRAINED of open_clip; nothing is downloaded (default: bank)",
     )
 
 
