@@ -25,6 +25,7 @@ from lgssl_nnunet.data.batches import SeededBatches, start_workers
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
 from lgssl_nnunet.engine import hyperparameters
+from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
 from lgssl_nnunet.engine.logs import TermLog
 from lgssl_nnunet.engine.precision import move_network, preferred_memory_format, to_float, training_autocast
@@ -178,6 +179,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.unlabeled_batch_size = self.unlabeled_batch_size or self.batch_size
         self.num_dimensions = len(self.configuration_manager.patch_size)
         move_network(self.plain_network, self.device, self.num_dimensions)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.teacher_decay is not None:
             self.teacher = EMATeacher(self.plain_network, self.teacher_decay)
         if self.memory_factor > 1:

@@ -23,7 +23,8 @@ class LGSSLHyperparameters:
     Attributes:
         prompt_mode: "attention" (any patch size), "fixed_volume" (the published token volume) or "none" (no TVSF).
         prompt_source: "text", or the controls "random" (vectors without meaning) and "shuffled" (wrong class names).
-        residual_gate: add the fused feature to the image feature with a gate that starts closed.
+        residual_gate: add the fused feature to the image feature, times a learnable gate; False is published.
+        gate_start: value of that gate at the start.
         affine_norm: learnable scale and shift in TVSF's normalisations; False is the published form.
         stop_gradient: keep unlabelled patches from changing the prompt features.
         faithful_decoder: decoder 2 upsamples first and then convolves, as published, at 1.6 times the cost.
@@ -39,6 +40,7 @@ class LGSSLHyperparameters:
     prompt_mode: str = "attention"
     prompt_source: str = "text"
     residual_gate: bool = True
+    gate_start: float = 0.0
     affine_norm: bool = True
     stop_gradient: bool = True
     faithful_decoder: bool = False
@@ -86,7 +88,7 @@ class LGSSLTrainer(SemiSupervisedTrainer):
             enable_deep_supervision,
             prompt_mode=hp.prompt_mode,
             prompt_source=hp.prompt_source,
-            residual_gate=hp.residual_gate,
+            gate_start=hp.gate_start if hp.residual_gate else None,
             affine_norm=hp.affine_norm,
             stop_gradient=hp.stop_gradient,
             faithful_decoder=hp.faithful_decoder,

@@ -123,7 +123,7 @@ def build_language_guided_unet(
     prompt_mode: str = "attention",
     prompt_source: str = "text",
     stop_gradient: bool = True,
-    residual_gate: bool = True,
+    gate_start: float | None = 0.0,
     affine_norm: bool = True,
     dropout: float = 0.0,
     faithful_decoder: bool = False,
@@ -142,7 +142,7 @@ def build_language_guided_unet(
         prompt_mode: "fixed_volume" (published: tied to patch positions), "attention" (any patch size) or "none".
         prompt_source: "text", or the controls "random" and "shuffled", drawn under the plans' training seed.
         stop_gradient: unlabelled rows do not train the prompt feature.
-        residual_gate: `v + gamma * (m * s)` with gamma 0 at the start instead of the published `m * s`.
+        gate_start: first value of gamma in `v + gamma * (m * s)`; None for the published `m * s`.
         affine_norm: learnable scale and shift in the fusion's normalisation (published: none).
         dropout: rate on the fused bottleneck, per decoder (published: 0.5).
         faithful_decoder: the published upsampling in the second decoder.
@@ -181,7 +181,7 @@ def build_language_guided_unet(
         prompts = FixedVolumePrompts(embeddings, channels, shape, stop_gradient=stop_gradient)
     else:
         prompts = AttentionPrompts(embeddings, channels, len(shape), stop_gradient=stop_gradient)
-    fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, residual_gate=residual_gate)
+    fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, gate_start=gate_start)
     return LanguageGuidedUNet(network, second_decoder, prompts, fusion, dropout, prediction)
 
 

@@ -21,20 +21,22 @@ class TextVisionSelectionFusion(nn.Module):
     ```
 
     Instance normalisation without affine parameters (as published) fixes the mean of the selection map's logit at 0
-    for every patch, so the gate can neither open nor close as a whole; with affine parameters it can. With the residual
-    gate, `gamma` starts at 0 and the network at the plain one. Where the bottleneck is a single voxel the
-    normalisation is undefined and skipped.
+    for every patch, so the gate can neither open nor close as a whole; with affine parameters it can. With a residual
+    gate that starts at 0 the network starts as the plain one. Where the bottleneck is a single voxel the normalisation
+    is undefined and skipped.
 
     Args:
         channels: width D of the bottleneck.
         dimensions: 2 or 3.
         affine_norm: learnable scale and shift in the instance normalisations (False: published).
-        residual_gate: keep a path around the fusion (False: published).
+        gate_start: first value of gamma in the path around the fusion; None for no such path (published).
 
     Source: LG-SSL (2025), TVSF; `Joint_Gate` of the released code (2024); methods.md 2.5, 2.7 #14, 2.8.
     """
 
-    def __init__(self, channels: int, dimensions: int, *, affine_norm: bool = True, residual_gate: bool = True) -> None:
+    def __init__(
+        self, channels: int, dimensions: int, *, affine_norm: bool = True, gate_start: float | None = 0.0
+    ) -> None:
         super().__init__()
         convolution = convert_dim_to_conv_op(dimensions)
         normalisation = get_matching_instancenorm(dimension=dimensions)
@@ -48,7 +50,7 @@ class TextVisionSelectionFusion(nn.Module):
         self.nonlin = nn.LeakyReLU(LEAKY_SLOPE)
         self.apply(InitWeights_He(LEAKY_SLOPE))
         # Without dimensions, so that it does not promote half-precision features to fp32.
-        self.gamma = nn.Parameter(torch.zeros(())) if residual_gate else None
+        self.gamma = nn.Parameter(torch.tensor(float(gate_start))) if gate_start is not None else None
 
     def forward(self, v: torch.Tensor, tau: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fuse the bottleneck feature with the prompt volume.

@@ -111,10 +111,10 @@ def test_it_starts_as_the_plain_network_bit_for_bit(build, configuration_manager
     assert torch.equal(network(x), plain(x))
 
 
-@pytest.mark.parametrize("residual_gate", [True, False])
+@pytest.mark.parametrize("gate_start", [0.0, 1.0, None])
 @pytest.mark.parametrize("mode", GUIDED)
-def test_prompts_learn_from_labelled_rows_only_and_the_rest_from_all(build, configuration_3d, mode, residual_gate):
-    network = open_gate(build(configuration_3d, prompt_mode=mode, residual_gate=residual_gate))
+def test_prompts_learn_from_labelled_rows_only_and_the_rest_from_all(build, configuration_3d, mode, gate_start):
+    network = open_gate(build(configuration_3d, prompt_mode=mode, gate_start=gate_start))
     x, prompt_feature = images(configuration_3d, 3), {"prompts.learnable", "prompts.project.weight"}
 
     def trained_by(rows):
@@ -252,7 +252,7 @@ def test_the_published_form_is_one_choice_of_options(build, configuration_3d):
     network = build(
         configuration_3d,
         prompt_mode="fixed_volume",
-        residual_gate=False,
+        gate_start=None,
         affine_norm=False,
         dropout=0.5,
         faithful_decoder=True,

@@ -10,7 +10,7 @@ SHAPES = [(2, 6, 3, 4, 5), (2, 6, 4, 5)]
 
 
 def published(dimensions: int) -> TextVisionSelectionFusion:
-    return TextVisionSelectionFusion(6, dimensions, affine_norm=False, residual_gate=False)
+    return TextVisionSelectionFusion(6, dimensions, affine_norm=False, gate_start=None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,7 +76,7 @@ def test_the_residual_gate_keeps_half_precision():
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_single_voxel_bottleneck_skips_the_normalisation(affine):
-    fusion = TextVisionSelectionFusion(6, 3, affine_norm=affine, residual_gate=False).train()
+    fusion = TextVisionSelectionFusion(6, 3, affine_norm=affine, gate_start=None).train()
     fused, selection_map = fusion(torch.randn(2, 6, 1, 1, 1), torch.randn(2, 6, 1, 1, 1))
     assert fused.shape == (2, 6, 1, 1, 1)
     assert not torch.equal(selection_map, torch.full_like(selection_map, 0.5))
