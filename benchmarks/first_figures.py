@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import lgssl_nnunet
+from lgssl_nnunet.files import write_json
 
 
 def run_cell(dataset: Path, trainer: str, budget: str, args: argparse.Namespace) -> dict:
@@ -88,10 +89,12 @@ def main() -> None:
     rows = []
     for cell in args.cells:
         trainer, budget = cell.split(":")
-        tag = "_".join([dataset.name, trainer, budget, f"s{args.seed}", *args.set]) + ".json"
+        spacing = [f"sp{'x'.join(map(str, args.spacing))}"] if args.spacing else []
+        length = [f"i{args.iterations_per_epoch}"] if args.iterations_per_epoch else []
+        tag = "_".join([dataset.name, trainer, budget, f"s{args.seed}", *spacing, *length, *args.set]) + ".json"
         file = args.output / tag
         if not file.is_file():
-            file.write_text(json.dumps(run_cell(dataset, trainer, budget, args), indent=4))
+            write_json(run_cell(dataset, trainer, budget, args), file)
         rows.append(json.loads(file.read_text()))
     print(table(rows))
 

@@ -98,7 +98,7 @@ def demo(
         raise UsageError(f"--iterations must be at least 1, not {iterations}.")
     folder = Path(output or "lgssl_demo").expanduser().resolve()
     variables = {name: str(folder / name) for name in VARIABLES} | {"nnUNet_n_proc_DA": str(num_processes)}
-    _claim_folder(folder)
+    _claim_folder(folder, spec.dataset_id)
     steps = _Steps(folder / "log.txt")
     with environment(variables):
         with steps("draw"):
@@ -129,8 +129,8 @@ class _Steps:
         logger.info("--- %s took %.0f s", name, self.seconds[name])
 
 
-def _claim_folder(folder: Path) -> None:
-    """Make the folder, or clear it if an earlier demo made it.
+def _claim_folder(folder: Path, dataset_id: int) -> None:
+    """Make the folder, or clear it of the phantom if an earlier demo made it; other datasets in it stay.
 
     Raises:
         UsageError: it is a file or holds something that is not a demo's.
@@ -139,8 +139,10 @@ def _claim_folder(folder: Path) -> None:
         raise UsageError(f"{folder} is a file: name another folder with -o.")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise UsageError(f"{folder} is not empty and was not made by lgssl_demo: name another folder with -o.")
-    for name in (*VARIABLES, "predictions"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for variable in VARIABLES:
+        for made in folder.glob(f"{variable}/Dataset{dataset_id:03d}_*"):
+            shutil.rmtree(made)
+    shutil.rmtree(folder / "predictions", ignore_errors=True)
     for name in ("log.txt", "dice.json", "overlays.png"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+_DATASET_NAME = re.compile(r"Dataset(\d{3,})_.+")
+
+
+def dataset_number(name: str) -> int | None:
+    """Return 7 for Dataset007_Name, None for a name of another form."""
+    match = _DATASET_NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)

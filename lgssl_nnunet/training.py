@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
 from lgssl_nnunet.files import write_json
-from lgssl_nnunet.paths import use_data_folders
+from lgssl_nnunet.paths import dataset_number, use_data_folders
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
 if TYPE_CHECKING:
@@ -93,9 +93,10 @@ def train(
         base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
     )
     model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
-    _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best, disable_checkpointing)
+    _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
     if num_gpus > 1:
+        _check_trainer(trainer_class, used_plans, configuration, fold)
         _write_plans(dataset_folder, used_plans, base_plans)
         _train_distributed(
             dataset_folder.name,
@@ -116,8 +117,7 @@ def train(
     _write_plans(dataset_folder, used_plans, base_plans)
     run.disable_checkpointing, run.show_progress = disable_checkpointing, progress
     _load_weights(run, continue_training, only_validate, pretrained_weights)
-    if not only_validate:
-        run.run_training()
+    _run_training(run, only_validate)
     _validate(run, fold, only_validate, validate_best, export_probabilities)
     return model_folder
 
@@ -151,8 +151,19 @@ def _check_flags(
         raise UsageError("--val_best needs the checkpoint that --disable_checkpointing does not write.")
     if pretrained_weights is not None and num_gpus > 1:
         raise UsageError("-pretrained_weights works on one GPU only: leave out -num_gpus.")
+    _check_number_of_gpus(num_gpus)
     if pretrained_weights is not None and not Path(pretrained_weights).is_file():
         raise UsageError(f"The file of -pretrained_weights does not exist: {pretrained_weights}.")
+
+
+def _check_number_of_gpus(num_gpus: int) -> None:
+    if num_gpus == 1:
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not 1 <= num_gpus <= found:
+        raise UsageError(f"-num_gpus {num_gpus}: torch sees {found} CUDA GPU(s) here; give at most as many.")
 
 
 def _preprocessed_folder(dataset: int | str) -> Path:
@@ -169,7 +180,7 @@ def _preprocessed_folder(dataset: int | str) -> Path:
 
 def _same_id(name: str, dataset: int | str) -> bool:
     """Whether Dataset007_Name is dataset 7, 07 or 007."""
-    return str(dataset).isdigit() and int(name[len("Dataset") :].split("_")[0]) == int(dataset)
+    return str(dataset).isdigit() and dataset_number(name) == int(dataset)
 
 
 def _load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
@@ -227,6 +238,21 @@ def _check_plans(plans: dict[str, Any], configuration: str, trainer: str, datase
             f"{folder} does not exist: configuration {configuration} is planned but not preprocessed. Run "
             f"lgssl_plan_and_preprocess again with -c {configuration} and without --no_pp."
         )
+    if "lgssl" in plans:
+        _check_preprocessed(dataset_folder, plans, configuration)
+
+
+def _check_preprocessed(dataset_folder: Path, plans: dict[str, Any], configuration: str) -> None:
+    from lgssl_nnunet.plans.preprocessing import unprepared_cases
+
+    dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+    missing = unprepared_cases(dataset_folder, plans, configuration, dataset_json)
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise PlansError(
+            f"{len(missing)} cases are not preprocessed as {plans['plans_name']} ask ({shown}): plan the dataset again "
+            f"with the same options and -c {configuration}; what is up to date is kept."
+        )
 
 
 def _derive_plans(
@@ -241,6 +267,8 @@ def _derive_plans(
     """Return the plans themselves, or a derived copy whose name tells every option that differs from them."""
     _check_numbers(epochs, iterations_per_epoch, unlabeled_batch_size, seed)
     settings = plans.get("lgssl")
+    if unlabeled_batch_size is not None and not getattr(trainer_class, "views", ()):
+        raise UsageError(f"{trainer_class.__name__} has no unlabelled patches: leave out --unlabeled_batch_size.")
     asked = [epochs, iterations_per_epoch, unlabeled_batch_size, seed]
     if settings is None:
         if any(value is not None for value in asked) or hyperparameters:
@@ -304,6 +332,12 @@ def _changed_hyperparameters(
     return {name: getattr(chosen, name) for name in values if getattr(chosen, name) != getattr(planned, name)}
 
 
+def _check_trainer(trainer_class: type, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+    """Let the method refuse the run before processes are started, where a refusal would be a traceback."""
+    if "lgssl" in plans:
+        trainer_class.check_request(plans, configuration, fold)
+
+
 def _write_plans(dataset_folder: Path, plans: dict[str, Any], base_plans: dict[str, Any]) -> None:
     """Write derived plans; only once nothing refuses them any more."""
     if plans is not base_plans:
@@ -321,23 +355,19 @@ def _check_model(
     continue_training: bool,
     only_validate: bool,
     validate_best: bool,
-    disable_checkpointing: bool,
 ) -> None:
     """Refuse what the model folder does not allow, however many GPUs the run is for."""
-    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, validate_best, disable_checkpointing)
-    if continue_training:
-        _refuse_other_plans(model_folder, plans)
+    _check_run(model_folder / f"fold_{fold}", continue_training, only_validate, validate_best)
+    _refuse_other_plans(model_folder, plans)
 
 
-def _check_run(
-    fold_folder: Path, continue_training: bool, only_validate: bool, validate_best: bool, disable_checkpointing: bool
-) -> None:
+def _check_run(fold_folder: Path, continue_training: bool, only_validate: bool, validate_best: bool) -> None:
     existing = [name for name in CHECKPOINTS if (fold_folder / name).is_file()]
     if only_validate and CHECKPOINTS[0] not in existing:
         raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[0]}: train first, or finish the training with --c.")
     if only_validate and validate_best and CHECKPOINTS[2] not in existing:
         raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[2]}: leave out --val_best to validate the final one.")
-    if existing and not (continue_training or only_validate or disable_checkpointing):
+    if existing and not (continue_training or only_validate):
         raise CheckpointError(
             f"{fold_folder} already holds {existing[0]}: continue it with --c, choose another --seed, or move the "
             "folder away."
@@ -345,12 +375,14 @@ def _check_run(
 
 
 def _refuse_other_plans(model_folder: Path, plans: Mapping[str, Any]) -> None:
-    """Refuse to continue a run whose plans were replaced since: split, text or network may be others."""
+    """Refuse other plans than those of the folds that are there: split, spacing, text or network may differ."""
     file = model_folder / "plans.json"
+    if not any((fold / name).is_file() for fold in model_folder.glob("fold_*") for name in CHECKPOINTS):
+        return
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != plans:
         raise CheckpointError(
-            f"{file} differs from the present {plans['plans_name']}: the dataset was planned anew since this run "
-            "started. Move the model folder away to train again, or plan as before to continue."
+            f"{file} differs from the present {plans['plans_name']}: the dataset was planned anew since these folds "
+            "were trained. Move the model folder away to train again, or plan as before to go on with them."
         )
 
 
@@ -371,6 +403,7 @@ def _build(
 
         # As nnU-Net's own command: patches have one size, for which the fastest algorithm is found once.
         torch.backends.cudnn.benchmark = True
+        torch.cuda.set_device(chosen)
     dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
     # nnU-Net takes this entry out of the plans that it is given.
     plans = {**plans, "continue_training": continue_training}
@@ -395,6 +428,15 @@ def _load_weights(
         return
     logger.info("%s %s", "Continuing from" if continue_training else "Validating", checkpoint)
     run.load_checkpoint(str(checkpoint))
+
+
+def _run_training(run: SemiSupervisedTrainer, only_validate: bool) -> None:
+    if only_validate:
+        return
+    if run.current_epoch >= run.num_epochs:
+        logger.info("The training is finished: nothing to continue.")
+        return
+    run.run_training()
 
 
 def _validate(

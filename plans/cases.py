@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import DatasetError, UsageError
-from lgssl_nnunet.paths import data_folders
+from lgssl_nnunet.paths import data_folders, dataset_number
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
 from lgssl_nnunet.plans.problems import Problem
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-_DATASET_FOLDER = re.compile(r"Dataset(?P<id>\d{3,})_.+")
 _CASE_ID = re.compile(r"[^/\\]+")
 
 
@@ -145,8 +144,7 @@ def find_raw_folder(dataset: int | str) -> Path:
     wanted = str(dataset)
     found = [path for path in folders if path.name == wanted]
     if wanted.isdecimal():
-        numbers = {path: _DATASET_FOLDER.fullmatch(path.name) for path in folders}
-        found = [path for path, match in numbers.items() if match and int(match["id"]) == int(wanted)]
+        found = [path for path in folders if dataset_number(path.name) == int(wanted)]
     if len(found) == 1:
         return found[0]
     if found:

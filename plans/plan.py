@@ -325,8 +325,10 @@ def _refuse_foreign_plans(file: Path) -> None:
 def _check_options(options: PlanningOptions) -> type[LGSSLPlanningMixin]:
     """Refuse what cannot work, before any dataset is looked at, and return the planner."""
     name = options.plans_name
-    if name is not None and (not name or Path(name).name != name or name.endswith(".json")):
-        raise UsageError(f"-overwrite_plans_name {name}: give a plain name without folder and file ending.")
+    if name is not None and (not name or Path(name).name != name or name.endswith(".json") or "__" in name):
+        raise UsageError(
+            f"-overwrite_plans_name {name}: give a plain name without folder, file ending and double underscore."
+        )
     _check_configurations(options.configurations)
     _check_target_spacing(options.overwrite_target_spacing)
     if options.num_processes_fingerprint < 0:

@@ -211,15 +211,7 @@ def _save_image(data: np.ndarray, mask: np.ndarray, properties: dict, unfinished
 
 def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str) -> dict[str, dict[str, Any]]:
     """Return by case what its preprocessed files depend on."""
-    planned = plans["configurations"][configuration]
-    settings = content_hash(
-        [
-            {key: plans.get(key) for key in _PLANS_KEYS},
-            {key: planned.get(key) for key in _CONFIGURATION_KEYS},
-            {key: dataset.dataset_json.get(key) for key in _DATASET_KEYS},
-            version("nnunetv2"),
-        ]
-    )
+    settings = _settings(plans, configuration, dataset.dataset_json)
     return {
         name: {
             "labeled": case.label is not None,
@@ -229,6 +221,44 @@ def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str
         }
         for name, case in dataset.cases.items()
     }
+
+
+def _settings(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> str:
+    """Return a hash of everything but the files that preprocessed cases depend on."""
+    planned = plans["configurations"][configuration]
+    return content_hash(
+        [
+            {key: plans.get(key) for key in _PLANS_KEYS},
+            {key: planned.get(key) for key in _CONFIGURATION_KEYS},
+            {key: dataset_json.get(key) for key in _DATASET_KEYS},
+            version("nnunetv2"),
+        ]
+    )
+
+
+def unprepared_cases(
+    preprocessed: Path, plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]
+) -> list[str]:
+    """Return the cases of the plans' split that are not preprocessed as these plans ask; no image is opened.
+
+    Args:
+        preprocessed: the dataset's folder in `nnUNet_preprocessed`.
+        plans: content of the plans file.
+        configuration: name of a configuration in the plans.
+        dataset_json: content of dataset.json.
+    """
+    folders = CaseFolders.of(preprocessed, plans["configurations"][configuration]["data_identifier"])
+    done = read_json_if_valid(folders.manifest) or {}
+    settings = _settings(plans, configuration, dataset_json)
+    split = plans["lgssl"]["split"]
+    wanted = dict.fromkeys(split["unlabeled"], False) | dict.fromkeys(split["labeled"], True)
+    return sorted(
+        name
+        for name, is_labeled in wanted.items()
+        if (done.get(name) or {}).get("settings") != settings
+        or done[name]["labeled"] != is_labeled
+        or not all(file.exists() for file in folders.files(name, is_labeled))
+    )
 
 
 def _finished_cases(folders: CaseFolders, dataset: RawDataset, keys: Mapping[str, dict]) -> dict[str, dict]:

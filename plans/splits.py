@@ -98,4 +98,6 @@ def _listed(dataset: RawDataset, path: Path) -> Budget:
             "add it to labelsTr or take the case off the list."
         )
     stem = re.sub(r"[^A-Za-z0-9-]+", "-", path.stem).strip("-") or "list"
+    if re.fullmatch(r"labeled\d+(-s\d+)?", stem):
+        raise UsageError(f"--labeled_list {path}: plans named {stem} are those of --labeled; rename the file.")
     return Budget(tuple(sorted(listed)), 0, f"_{stem}", f"{len(listed)} labelled cases listed in {path.name}")

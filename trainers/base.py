@@ -85,8 +85,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         # Before nnU-Net's own initialisation, which makes the output folder.
         self.hp = hyperparameters.resolve(self.hyperparameters, plans, type(self).__name__)
-        self._check_request(plans, configuration, fold)
+        self.check_request(plans, configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if not self.is_ddp:
+            self.device = device  # nnU-Net replaces every GPU by the first one
         self.settings = plans["lgssl"]
         training = self.settings.get("training", {})
         self.seed = int(training.get("seed", 0))
@@ -150,7 +152,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.save_every = max(1, self.num_epochs // 20)
 
     @classmethod
-    def _check_request(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+    def check_request(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+        """Refuse, in a sentence and before anything is written, what the method cannot train."""
         name, split, plans_name = cls.__name__, plans["lgssl"]["split"], plans["plans_name"]
         planned = PlansManager(plans).get_configuration(configuration)
         if planned.previous_stage_name is not None:

@@ -13,11 +13,14 @@ from lgssl_nnunet.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+# One row or channel per class of the training that made the checkpoint: segmentation layers, learnable prompts.
+_BOUND_TO_CLASSES = (".seg_layers.", ".prompts.learnable", ".prompts.tokens.0.")
+
 
 def load_pretrained(network: nn.Module, file: Path | str) -> int:
     """Copy every weight of a checkpoint that the network has under the same name and in the same shape.
 
-    Segmentation layers are left as they are: their channels stand for other classes. So is what the checkpoint lacks,
+    Segmentation layers and learnable prompts stay as they are: they stand for other classes. So does what is lacking,
     such as the second decoder when a stock nnU-Net checkpoint starts a language-guided network.
 
     Args:
@@ -36,7 +39,7 @@ def load_pretrained(network: nn.Module, file: Path | str) -> int:
     own = {
         name: tensor
         for name, tensor in network.state_dict(keep_vars=True).items()
-        if isinstance(tensor, nn.Parameter) and ".seg_layers." not in name
+        if isinstance(tensor, nn.Parameter) and not any(part in f".{name}" for part in _BOUND_TO_CLASSES)
     }
     taken = {name for name in own if name in source and source[name].shape == own[name].shape}
     # Biases and norms of a 2D network also fit a 3D one; without any convolution they mean nothing.

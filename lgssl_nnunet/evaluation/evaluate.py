@@ -27,6 +27,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.errors import DatasetError, PlansError
 from lgssl_nnunet.evaluation.metrics import ClassResult, class_means, class_result, foreground_mean
+from lgssl_nnunet.files import write_atomically
 from lgssl_nnunet.plans.cases import find_reader
 from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
 
@@ -89,7 +90,7 @@ def evaluate(
 
 @dataclass
 class _CheckedReader:
-    """A reader that refuses unknown labels and two segmentations of different shape or place.
+    """A reader that refuses unknown labels and two segmentations of different shape.
 
     nnU-Net's metric function reads reference and prediction through it, so each file is read once.
     """
@@ -163,12 +164,8 @@ def _results(summary: Mapping[str, Any], names: Mapping[LabelOrRegion, str], fil
 def _write(summary: dict[str, Any], results: list[ClassResult], summary_file: Path) -> dict[str, Any]:
     """Write the summary and the table per case beside it, and return what `evaluate` returns."""
     cases_file = summary_file.with_name(f"{summary_file.stem}_per_case.csv")
-    summary_file.parent.mkdir(parents=True, exist_ok=True)
-    save_summary_json(summary, str(summary_file))
-    with cases_file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(ClassResult)])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+    write_atomically(summary_file, lambda temporary: save_summary_json(summary, str(temporary)))
+    write_atomically(cases_file, lambda temporary: _write_table(results, temporary))
     means = class_means(results)
     dice, jaccard = foreground_mean(means)
     return {
@@ -180,6 +177,13 @@ def _write(summary: dict[str, Any], results: list[ClassResult], summary_file: Pa
         "summary_file": summary_file,
         "cases_file": cases_file,
     }
+
+
+def _write_table(results: Sequence[ClassResult], file: Path) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(ClassResult)])
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in results)
 
 
 def _matching_files(reference: Path, prediction: Path, file_ending: str, chill: bool) -> list[str]:

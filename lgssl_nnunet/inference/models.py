@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from lgssl_nnunet.errors import CheckpointError, UsageError
+from lgssl_nnunet.paths import dataset_number
 from lgssl_nnunet.registry import trainer_names
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 BASELINE = "SupervisedTrainer"
-_DATASET_NAME = re.compile(r"Dataset(\d{3,})_.+")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def find_models(results: str | Path) -> list[TrainedModel]:
     Returns:
         One entry per model folder that has at least one `fold_*` folder; empty if the results folder is missing.
     """
-    datasets = [folder for folder in _subfolders(Path(results)) if _DATASET_NAME.fullmatch(folder.name)]
+    datasets = [folder for folder in _subfolders(Path(results)) if dataset_number(folder.name) is not None]
     folders = [folder for dataset in datasets for folder in _subfolders(dataset)]
     return [model for folder in folders if (model := _read_model(folder)) is not None and model.folds]
 
@@ -154,7 +153,7 @@ def choose_model(
         raise CheckpointError(_unfinished_message(fitting, folds, checkpoint))
     datasets = sorted({model.dataset for model in finished})
     if len(datasets) > 1:
-        listing = "\n".join(f"  -d {_dataset_id(name)}   {name}" for name in datasets)
+        listing = "\n".join(f"  -d {dataset_number(name)}   {name}" for name in datasets)
         raise UsageError(f"There are models of {len(datasets)} datasets, so name one with -d:\n{listing}")
     best = min(finished, key=lambda model: (not _is_semi_supervised(model), -model.modified(checkpoint)))
     return ChosenModel(best, _choose_folds(best, folds, checkpoint), checkpoint, _reason(best, finished))
@@ -188,15 +187,10 @@ def _dataset_name(models: Sequence[TrainedModel], dataset: int | str | None) -> 
     """Return the full dataset name for an id or a name; unknown ones are returned as given."""
     if dataset is None or not str(dataset).isdigit():
         return dataset if dataset is None else str(dataset)
-    names = sorted({model.dataset for model in models if _dataset_id(model.dataset) == int(dataset)})
+    names = sorted({model.dataset for model in models if dataset_number(model.dataset) == int(dataset)})
     if len(names) > 1:
         raise UsageError(f"-d {dataset} fits several datasets: {', '.join(names)}; give the full name.")
     return names[0] if names else str(dataset)
-
-
-def _dataset_id(name: str) -> int | None:
-    match = _DATASET_NAME.fullmatch(name)
-    return int(match.group(1)) if match else None
 
 
 def _has_folds(model: TrainedModel, folds: Sequence[int | str] | None, checkpoint: str) -> bool:

@@ -65,11 +65,12 @@ def test_a_file_is_refused(tmp_path, no_pipeline):
 def test_a_folder_of_an_earlier_demo_is_cleared_of_what_the_demo_wrote_only(tmp_path, no_pipeline):
     with pytest.raises(no_pipeline):
         demo(tmp_path / "new")
-    (tmp_path / "new" / "nnUNet_results" / "old").mkdir(parents=True)
+    (tmp_path / "new" / "nnUNet_results" / "Dataset999_Phantom" / "old").mkdir(parents=True)
+    (tmp_path / "new" / "nnUNet_results" / "Dataset501_Liver").mkdir(parents=True)
     (tmp_path / "new" / "notes.txt").write_text("mine")
     with pytest.raises(no_pipeline):
         demo(tmp_path / "new")
-    assert not (tmp_path / "new" / "nnUNet_results").exists()
+    assert [folder.name for folder in (tmp_path / "new" / "nnUNet_results").iterdir()] == ["Dataset501_Liver"]
     assert (tmp_path / "new" / "notes.txt").read_text() == "mine"
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from lgssl_nnunet.errors import CheckpointError, PlansError
+from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
 
 
 def test_a_configuration_that_is_planned_but_not_preprocessed_is_refused(dataset, train_tiny):
@@ -22,8 +22,60 @@ def test_a_run_does_not_continue_on_plans_that_were_replaced(train_tiny):
     plans = json.loads((model / "plans.json").read_text())
     plans["lgssl"]["split"]["labeled"].pop()
     (model / "plans.json").write_text(json.dumps(plans))
-    with pytest.raises(CheckpointError, match="planned anew since this run started"):
+    with pytest.raises(CheckpointError, match="planned anew since these folds"):
         train_tiny(continue_training=True)
+
+
+@pytest.mark.parametrize("options", [{"only_validate": True}, {"fold": 0}])
+def test_nor_is_it_validated_or_joined_by_another_fold(options, train_tiny):
+    model = train_tiny()
+    plans = json.loads((model / "plans.json").read_text())
+    plans["lgssl"]["split"]["labeled"].reverse()
+    (model / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(CheckpointError, match="planned anew since these folds"):
+        train_tiny(**options)
+
+
+def test_a_trial_without_checkpoints_does_not_touch_a_run_that_is_there(train_tiny):
+    model = train_tiny()
+    with pytest.raises(CheckpointError, match="already holds"):
+        train_tiny(disable_checkpointing=True)
+    assert (model / "fold_all" / "checkpoint_final.pth").is_file()
+
+
+def test_a_finished_run_is_not_written_again(train_tiny):
+    checkpoint = train_tiny() / "fold_all" / "checkpoint_final.pth"
+    before = checkpoint.stat().st_mtime_ns
+    train_tiny(continue_training=True)
+    assert checkpoint.stat().st_mtime_ns == before
+
+
+def test_several_gpus_that_are_not_there_are_refused(train_tiny):
+    with pytest.raises(UsageError, match="-num_gpus 9: torch sees"):
+        train_tiny(num_gpus=9)
+
+
+def test_the_method_refuses_before_several_processes_start(train_tiny, monkeypatch):
+    monkeypatch.setattr("lgssl_nnunet.training._check_number_of_gpus", lambda number: None)
+    monkeypatch.setattr("lgssl_nnunet.training._train_distributed", lambda *arguments: pytest.fail("it was started"))
+    with pytest.raises(UsageError, match="pairs every labelled"):
+        train_tiny(trainer="LGSSLTrainer", num_gpus=2, unlabeled_batch_size=5)
+
+
+def test_cases_that_are_not_preprocessed_are_named(train_tiny, dataset):
+    name = dataset.plans()["lgssl"]["split"]["unlabeled"][0]
+    (file,) = dataset.preprocessed.glob(f"*3d_fullres_unlabeled/{name}.b2nd")
+    file.unlink()
+    with pytest.raises(PlansError, match=f"1 cases are not preprocessed .*{name}"):
+        train_tiny()
+
+
+def test_nor_may_they_be_preprocessed_for_other_plans(train_tiny, dataset):
+    plans = dataset.plans()
+    plans["configurations"]["3d_fullres"]["spacing"] = [1.0, 1.0, 1.0]
+    dataset.plans_file.write_text(json.dumps(plans))
+    with pytest.raises(PlansError, match="are not preprocessed as"):
+        train_tiny()
 
 
 def test_nor_does_a_run_on_several_gpus(train_tiny, monkeypatch):
@@ -32,5 +84,6 @@ def test_nor_does_a_run_on_several_gpus(train_tiny, monkeypatch):
     plans["lgssl"]["split"]["labeled"].pop()
     (model / "plans.json").write_text(json.dumps(plans))
     monkeypatch.setattr("lgssl_nnunet.training._train_distributed", lambda *arguments: pytest.fail("it was started"))
-    with pytest.raises(CheckpointError, match="planned anew since this run started"):
+    monkeypatch.setattr("lgssl_nnunet.training._check_number_of_gpus", lambda number: None)
+    with pytest.raises(CheckpointError, match="planned anew since these folds"):
         train_tiny(continue_training=True, num_gpus=2)

@@ -7,7 +7,7 @@ import pytest
 from lgssl_nnunet.errors import CheckpointError
 from lgssl_nnunet.training import _check_run
 
-VALIDATION = {"continue_training": False, "only_validate": True, "disable_checkpointing": False}
+VALIDATION = {"continue_training": False, "only_validate": True}
 
 
 def test_validation_alone_needs_the_final_checkpoint(tmp_path):
