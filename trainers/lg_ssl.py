@@ -40,7 +40,7 @@ class LGSSLHyperparameters:
     prompt_mode: str = "attention"
     prompt_source: str = "text"
     residual_gate: bool = True
-    gate_start: float = 0.0
+    gate_start: float = 1.0
     affine_norm: bool = True
     stop_gradient: bool = True
     faithful_decoder: bool = False
