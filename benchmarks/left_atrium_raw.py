@@ -4,6 +4,9 @@
 
 The NIfTI arrays of that layout are in the order (z, y, x) and their headers lost the true spacing of 0.625 mm. Cases of
 train.list become imagesTr, those of test.list imagesTs (labelsTs is for scoring only).
+
+These arrays were cropped around the true mask by those who published them, unlabelled and test cases too: figures on
+them assume that somebody has already found the left atrium.
 """
 
 from __future__ import annotations

@@ -134,19 +134,19 @@ def _require_whole_gzip(path: Path) -> None:
 
 
 def _value_problems(path: Path, image: np.ndarray) -> list[Problem]:
-    wrong = _count_not_finite(_stored_floats(path)) or _count_not_finite(image)
+    wrong = count_stored_not_finite(path) or _count_not_finite(image)
     if not wrong:
         return []
     problem = f"{wrong} voxels are NaN or infinite"
     return [Problem(_shown(path), problem, "replace them by a value that makes sense")]
 
 
-def _stored_floats(path: Path) -> np.ndarray:
-    """Return the voxels of a floating-point NIfTI file as stored: ITK turns NaN into 0 when it reads one."""
+def count_stored_not_finite(path: Path) -> int:
+    """Count the NaN and infinite voxels that a NIfTI file stores: ITK turns them into 0 when it reads one."""
     if not path.name.endswith((".nii", ".nii.gz")):
-        return np.empty(0)
+        return 0
     image = nib.load(path)
-    return image.dataobj.get_unscaled() if image.get_data_dtype().kind == "f" else np.empty(0)
+    return _count_not_finite(image.dataobj.get_unscaled()) if image.get_data_dtype().kind == "f" else 0
 
 
 def _count_not_finite(image: np.ndarray) -> int:

@@ -49,7 +49,6 @@ _PLANS_KEYS = (
 )
 _CONFIGURATION_KEYS = (
     "preprocessor_name",
-    "patch_size",  # decides the chunks on disk
     "spacing",
     "normalization_schemes",
     "use_mask_for_norm",

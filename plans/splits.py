@@ -61,6 +61,8 @@ def choose_budget(
         raise UsageError("--labeled and --labeled_list exclude each other; give one of them.")
     if labeled is not None:
         return _draw(dataset, labeled, seed)
+    if seed:
+        logger.warning("--seed %d draws nothing without --labeled; lgssl_train has a --seed of its own.", seed)
     if labeled_list is not None:
         return _listed(dataset, Path(labeled_list))
     return Budget(tuple(sorted(dataset.labeled)), 0, "", "all labelled cases")

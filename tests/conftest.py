@@ -9,13 +9,18 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 # Before torch is imported anywhere.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -39,6 +44,37 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_connections() -> Iterator[None]:
+    """Refuse connections to anything but this machine's own worker processes."""
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family != socket.AF_UNIX:
+                raise RuntimeError(f"A test tried to connect to {address}: tests need no network.")
+            return original(self, address)
+
+        return connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Give every test the environment variables and the threads that the one before it had."""
+    import torch
+
+    before, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 @dataclass(frozen=True)
@@ -129,6 +165,73 @@ def merge_classes(dataset: Path) -> None:
     description["labels"] = {"background": 0, "liver": 1}
     description["prompts"].pop("gallbladder")
     (dataset / "dataset.json").write_text(json.dumps(description))
+
+
+def plan_configuration(
+    patch: Sequence[int] = (16, 16, 16),
+    strides: Sequence[Sequence[int]] = ((1, 1, 1), (2, 2, 2), (2, 2, 2)),
+    *,
+    residual_encoder: bool = False,
+    kernels: Sequence[Sequence[int]] | None = None,
+    features: int = 4,
+) -> ConfigurationManager:
+    """A configuration as a planner would write it, one convolution per stage."""
+    from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+
+    stages, dimensions = len(strides), len(patch)
+    name = "ResidualEncoderUNet" if residual_encoder else "PlainConvUNet"
+    blocks = "n_blocks_per_stage" if residual_encoder else "n_conv_per_stage"
+    return ConfigurationManager(
+        {
+            "patch_size": list(patch),
+            "architecture": {
+                "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
+                "arch_kwargs": {
+                    "n_stages": stages,
+                    "features_per_stage": [features * 2**stage for stage in range(stages)],
+                    "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+                    "kernel_sizes": [list(kernel) for kernel in (kernels or [[3] * dimensions] * stages)],
+                    "strides": [list(stride) for stride in strides],
+                    blocks: [1] * stages,
+                    "n_conv_per_stage_decoder": [1] * (stages - 1),
+                    "conv_bias": True,
+                    "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
+                    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+                    "dropout_op": None,
+                    "dropout_op_kwargs": None,
+                    "nonlin": "torch.nn.LeakyReLU",
+                    "nonlin_kwargs": {"inplace": True},
+                },
+                "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def make_configuration() -> Callable[..., ConfigurationManager]:
+    """`plan_configuration`."""
+    return plan_configuration
+
+
+@pytest.fixture(scope="session")
+def stock_network() -> Callable[..., torch.nn.Module]:
+    """nnU-Net's own network for a configuration."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    def build(
+        configuration: ConfigurationManager, channels: int = 1, classes: int = 3, deep_supervision: bool = True
+    ) -> torch.nn.Module:
+        return get_network_from_plans(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            configuration.network_arch_init_kwargs_req_import,
+            channels,
+            classes,
+            deep_supervision=deep_supervision,
+        )
+
+    return build
 
 
 @pytest.fixture(scope="session")

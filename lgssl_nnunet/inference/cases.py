@@ -16,6 +16,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.plans.integrity import count_stored_not_finite
 
 Inputs = str | Path | Sequence[Sequence[str | Path]]
 
@@ -96,13 +97,7 @@ def require_finite(file: Path) -> None:
     Raises:
         DatasetError: with the number of such voxels.
     """
-    if not file.name.endswith(_NIFTI_ENDINGS):
-        return
-    image = nibabel.load(file)
-    if image.get_data_dtype().kind != "f":
-        return
-    voxels = np.asanyarray(image.dataobj)
-    wrong = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
+    wrong = count_stored_not_finite(file)
     if wrong:
         raise DatasetError(f"{file}: {wrong} voxels are NaN or infinite; replace them, for example with background.")
 

@@ -16,10 +16,9 @@ from lgssl_nnunet.errors import TrainingError, UsageError
 @pytest.fixture(autouse=True)
 def _quiet_again():
     package = logging.getLogger("lgssl_nnunet")
-    handlers, level, threads = list(package.handlers), package.level, torch.get_num_threads()
+    handlers, level = list(package.handlers), package.level
     yield
     package.handlers[:], package.level = handlers, level
-    torch.set_num_threads(threads)
 
 
 def raising(error):

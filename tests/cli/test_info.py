@@ -1,4 +1,4 @@
-"""lgssl_info: complete, quick, without torch."""
+"""lgssl_info: complete, without torch and therefore quick."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +25,15 @@ def results(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_command_is_quick_and_imports_neither_torch_nor_nnunet(results):
+def test_the_command_imports_neither_torch_nor_nnunet(results):
     code = (
         "import sys; from lgssl_nnunet.cli import info\n"
         "status = info.main(['--json'])\n"
         "print([name for name in ('torch', 'nnunetv2') if name in sys.modules], file=sys.stderr)"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
     assert json.loads(done.stdout)["versions"]["torch"] is not None
-    assert time.perf_counter() - start < 5  # under 1 s on an idle machine
 
 
 def test_json_holds_versions_folders_trainers_models_and_the_plugin(results, capsys):

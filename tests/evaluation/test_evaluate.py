@@ -178,6 +178,27 @@ def test_without_plans_the_labels_are_read_as_nnunet_does(folders):
     assert [mean.name for mean in here(reference, prediction)["classes"]] == ["liver", "tumour"]
 
 
+def test_every_flag_of_the_command_reaches_the_function(monkeypatch, capsys):
+    import lgssl_nnunet.evaluation.evaluate as module
+
+    seen = {}
+    results = {"classes": [], "summary_file": "S.json", "cases_file": "S.csv"}
+    monkeypatch.setattr(
+        module, "evaluate", lambda *folders, **options: seen.update(options, folders=folders) or results
+    )
+    words = "-djfile D -pfile P -o S.json -np 3 --chill"
+    assert command.main(["REFERENCE", "PREDICTION", *words.split()]) == 0
+    assert seen == {
+        "folders": ("REFERENCE", "PREDICTION"),
+        "dataset_json": "D",
+        "plans": "P",
+        "output": "S.json",
+        "num_processes": 3,
+        "chill": True,
+    }
+    assert capsys.readouterr().out.endswith("Written: S.json, S.csv\n")
+
+
 def test_the_command_prints_the_table_and_where_the_files_are(folders, capsys):
     assert command.main([*map(str, folders), "-np", "0"]) == 0
     output = capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,39 +16,20 @@ LABELS = {"background": 0, "kidney": 1, "tumour": 2}
 SPACING, ORIGIN, DIRECTION = (1.0, 1.25, 1.5), (-12.5, 40.0, 7.0), (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)
 
 
-def tiny_plans(channels: int, spatial: int = 3) -> dict:
-    conv, norm = f"torch.nn.modules.conv.Conv{spatial}d", f"torch.nn.modules.instancenorm.InstanceNorm{spatial}d"
+def tiny_plans(make_configuration: Callable[..., Any], channels: int, spatial: int = 3) -> dict:
+    planned = make_configuration((16,) * spatial, ((1,) * spatial, (2,) * spatial)).configuration
     intensity = {"max": 1, "mean": 0, "median": 0, "min": -1, "percentile_00_5": -1, "percentile_99_5": 1, "std": 1}
     configuration = {
         "data_identifier": "tiny",
         "preprocessor_name": "DefaultPreprocessor",
         "batch_size": 2,
-        "patch_size": [16] * spatial,
+        "patch_size": planned["patch_size"],
         "median_image_size_in_voxels": [20] * spatial,
         "spacing": [1.5, 1.25, 1.0][-spatial:],
         "normalization_schemes": ["ZScoreNormalization"] * channels,
         "use_mask_for_norm": [False] * channels,
         "batch_dice": False,
-        "architecture": {
-            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-            "arch_kwargs": {
-                "n_stages": 2,
-                "features_per_stage": [4, 8],
-                "conv_op": conv,
-                "kernel_sizes": [[3] * spatial] * 2,
-                "strides": [[1] * spatial, [2] * spatial],
-                "n_conv_per_stage": [1, 1],
-                "n_conv_per_stage_decoder": [1],
-                "conv_bias": True,
-                "norm_op": norm,
-                "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                "dropout_op": None,
-                "dropout_op_kwargs": None,
-                "nonlin": "torch.nn.LeakyReLU",
-                "nonlin_kwargs": {"inplace": True},
-            },
-            "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-        },
+        "architecture": planned["architecture"],
     }
     for kind, order in (("data", 3), ("seg", 1), ("probabilities", 1)):
         configuration[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"
@@ -76,6 +58,7 @@ def tiny_plans(channels: int, spatial: int = 3) -> dict:
 
 
 def save_tiny_model(
+    make_configuration: Callable[..., Any],
     results: Path,
     *,
     dataset: str = "Dataset501_Tiny",
@@ -94,7 +77,7 @@ def save_tiny_model(
     folder = results / dataset / f"{trainer}__{plans}__{configuration}"
     names = {str(i): name for i, name in enumerate(["T1", "T2"][:channels])}
     dataset_json = {"channel_names": names, "labels": LABELS, "numTraining": 1, "file_ending": ".nii.gz"}
-    content = tiny_plans(channels, 2 if configuration == "2d" else 3)
+    content = tiny_plans(make_configuration, channels, 2 if configuration == "2d" else 3)
     for number, fold in enumerate(folds):
         torch.manual_seed(number)
         manager = PlansManager(content)
@@ -127,15 +110,6 @@ def save_image(file: Path, seed: int = 0, size: tuple[int, ...] = (20, 16, 14)) 
     return file
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Let torch compute on one thread: for networks this small, several only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> Path:
     """An empty results folder that nnUNet_results names."""
@@ -146,10 +120,10 @@ def results(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one_fold(tmp_path_factory) -> Path:
+def one_fold(tmp_path_factory, make_configuration) -> Path:
     """The results folder of one finished single-channel model; not to be changed."""
     results = tmp_path_factory.mktemp("one_fold")
-    save_tiny_model(results)
+    save_tiny_model(make_configuration, results)
     return results
 
 
@@ -187,11 +161,11 @@ def predict_here() -> Callable[..., list[Path]]:
 
 
 @pytest.fixture
-def model_maker(results) -> Callable[..., Path]:
+def model_maker(results, make_configuration) -> Callable[..., Path]:
     """`save_tiny_model` into nnUNet_results."""
 
     def make(**options) -> Path:
-        return save_tiny_model(results, **options)
+        return save_tiny_model(make_configuration, results, **options)
 
     return make
 

@@ -18,6 +18,52 @@ def test_the_command_predicts_and_names_the_model_on_screen(trained, images, tmp
     assert "Model: Dataset501_Tiny nnUNetTrainer" in capsys.readouterr().err
 
 
+def test_every_flag_reaches_the_function(monkeypatch, tmp_path):
+    import torch
+
+    import lgssl_nnunet.inference.predict
+
+    seen = {}
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(
+        lgssl_nnunet.inference.predict, "predict", lambda *places, **options: seen.update(options, places=places)
+    )
+    expected = {
+        "places": ("IMAGES", "OUT"),
+        "dataset": "501",
+        "configuration": "2d",
+        "folds": ["0", "all"],
+        "plans": "PLANS",
+        "trainer": "TRAINER",
+        "checkpoint": "checkpoint_best.pth",
+        "model_folder": "MODEL",
+        "precision": "fp32",
+        "step_size": 0.25,
+        "disable_tta": True,
+        "save_probabilities": True,
+        "continue_prediction": True,
+        "overwrite": True,
+        "num_processes_preprocessing": 4,
+        "num_processes_segmentation_export": 5,
+        "num_parts": 7,
+        "part_id": 6,
+        "device": torch.device("cpu"),
+        "not_on_device": True,
+        "prev_stage_predictions": "STAGE",
+        "verbose": True,
+        "progress": False,
+    }
+    words = (
+        "-i IMAGES -o OUT -d 501 -c 2d -f 0 all -p PLANS -tr TRAINER -chk checkpoint_best.pth -m MODEL "
+        "--precision fp32 -step_size 0.25 --disable_tta --save_probabilities --continue_prediction --overwrite "
+        "-npp 4 -nps 5 -num_parts 7 -part_id 6 -device cpu --not_on_device -prev_stage_predictions STAGE --verbose "
+        "--disable_progress_bar"
+    )
+    assert command.main(words.split()) == 0
+    assert seen == expected
+
+
 def test_a_wrong_call_ends_with_status_2_and_one_message(trained, images, tmp_path, capsys):
     status = command.main(["-i", str(images), "-o", str(tmp_path / "out"), "-d", "77", *HERE])
     error = capsys.readouterr().err

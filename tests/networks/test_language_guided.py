@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.networks.language_guided import LanguageGuidedUNet, bottleneck_shape, build_language_guided_unet
@@ -21,17 +20,6 @@ def build(make_plans):
         return build_language_guided_unet(plans, configuration_manager, 2, classes, deep_supervision, **options)
 
     return build
-
-
-def stock_network(configuration_manager):
-    return get_network_from_plans(
-        configuration_manager.network_arch_class_name,
-        configuration_manager.network_arch_init_kwargs,
-        configuration_manager.network_arch_init_kwargs_req_import,
-        2,
-        CLASSES,
-        deep_supervision=False,
-    )
 
 
 def images(configuration_manager, batch=2):
@@ -103,9 +91,9 @@ def test_the_bottleneck_has_the_computed_shape(build, configuration_manager):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_it_starts_as_the_plain_network_bit_for_bit(build, configuration_manager, mode):
+def test_it_starts_as_the_plain_network_bit_for_bit(build, stock_network, configuration_manager, mode):
     torch.manual_seed(5)
-    plain = stock_network(configuration_manager)
+    plain = stock_network(configuration_manager, 2, CLASSES, deep_supervision=False)
     torch.manual_seed(5)
     network, x = build(configuration_manager, prompt_mode=mode), images(configuration_manager)
     assert torch.equal(network(x), plain(x))
@@ -195,8 +183,8 @@ def test_a_copy_predicts_the_same_and_shares_its_own_encoder(build, configuratio
     assert clone.encoder is not network.encoder
 
 
-def test_keys_are_the_stock_networks_plus_its_own_and_no_parameter_twice(build, configuration_manager):
-    network, stock = build(configuration_manager), set(stock_network(configuration_manager).state_dict())
+def test_keys_are_the_stock_networks_plus_its_own_and_no_parameter_twice(build, stock_network, configuration_manager):
+    network, stock = build(configuration_manager), set(stock_network(configuration_manager, 2).state_dict())
     added = {name.split(".")[0] for name in set(network.state_dict()) - stock}
     assert stock <= set(network.state_dict())
     assert added == {"second_decoder", "prompts", "fusion"}

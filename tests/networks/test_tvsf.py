@@ -68,10 +68,15 @@ def test_the_residual_gate_starts_as_the_identity_and_learns():
     assert fusion.gamma.grad.abs() > 0
 
 
-def test_the_residual_gate_keeps_half_precision():
-    fusion = TextVisionSelectionFusion(6, 3)
-    v = torch.randn(SHAPES[0], dtype=torch.bfloat16)
-    assert (v + fusion.gamma * v).dtype == torch.bfloat16
+@pytest.mark.parametrize("gate_start", [0.0, 1.0, None])
+def test_half_precision_goes_in_and_comes_out(gate_start):
+    fusion = TextVisionSelectionFusion(6, 3, gate_start=gate_start)
+    v, tau = torch.randn(SHAPES[0]), torch.randn(SHAPES[0])
+    exact, _ = fusion(v, tau)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, selection_map = fusion(v.bfloat16(), tau.bfloat16())
+    assert (fused.dtype, selection_map.dtype) == (torch.bfloat16, torch.bfloat16)
+    torch.testing.assert_close(fused.float(), exact, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("affine", [True, False])

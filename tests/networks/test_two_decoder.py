@@ -2,24 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from lgssl_nnunet.networks.two_decoder import interpolating_decoder
 
 
-def stock_network(configuration_manager, deep_supervision=True):
-    return get_network_from_plans(
-        configuration_manager.network_arch_class_name,
-        configuration_manager.network_arch_init_kwargs,
-        configuration_manager.network_arch_init_kwargs_req_import,
-        1,
-        3,
-        deep_supervision=deep_supervision,
-    )
-
-
 @pytest.mark.parametrize("faithful", [False, True])
-def test_the_decoder_gives_the_shapes_of_nnunets_own(configuration_manager, faithful):
+def test_the_decoder_gives_the_shapes_of_nnunets_own(stock_network, configuration_manager, faithful):
     network = stock_network(configuration_manager)
     decoder = interpolating_decoder(network.encoder, 3, 1, True, faithful)
     image = torch.randn(2, 1, *configuration_manager.patch_size)
@@ -29,7 +17,7 @@ def test_the_decoder_gives_the_shapes_of_nnunets_own(configuration_manager, fait
     assert decoder(skips).shape == (2, 3, *configuration_manager.patch_size)
 
 
-def test_building_it_leaves_the_encoder_and_its_keys_alone(configuration_3d):
+def test_building_it_leaves_the_encoder_and_its_keys_alone(stock_network, configuration_3d):
     network = stock_network(configuration_3d)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     decoder = interpolating_decoder(network.encoder, 3, 1, True)
@@ -38,7 +26,7 @@ def test_building_it_leaves_the_encoder_and_its_keys_alone(configuration_3d):
     assert network.decoder.encoder is network.encoder
 
 
-def test_weights_are_drawn_like_nnunets(configuration_3d):
+def test_weights_are_drawn_like_nnunets(stock_network, configuration_3d):
     network = stock_network(configuration_3d)
     decoder = interpolating_decoder(network.encoder, 3, 1, True)
     weight = decoder.transpconvs[0][0].weight
@@ -47,7 +35,7 @@ def test_weights_are_drawn_like_nnunets(configuration_3d):
     assert all((parameter == 0).all() for name, parameter in decoder.named_parameters() if name.endswith("conv.bias"))
 
 
-def test_convolving_before_or_after_interpolating_is_the_same(configuration_manager):
+def test_convolving_before_or_after_interpolating_is_the_same(stock_network, configuration_manager):
     network = stock_network(configuration_manager)
     convolution, upsample = interpolating_decoder(network.encoder, 3, 1, True).transpconvs[0]
     torch.nn.init.normal_(convolution.bias)
@@ -55,7 +43,7 @@ def test_convolving_before_or_after_interpolating_is_the_same(configuration_mana
     torch.testing.assert_close(upsample(convolution(bottleneck)), convolution(upsample(bottleneck)))
 
 
-def test_the_default_upsampling_is_the_same_at_every_position(configuration_3d):
+def test_the_default_upsampling_is_the_same_at_every_position(stock_network, configuration_3d):
     network = stock_network(configuration_3d)
     step = interpolating_decoder(network.encoder, 3, 1, True).transpconvs[0]
     feature = torch.randn(1, 16, 8, 8, 8)

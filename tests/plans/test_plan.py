@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -41,12 +40,70 @@ def test_the_block_of_the_plans_is_complete(raw_dataset, plan_tiny, caplog):
     assert "planning with 4 labelled and 5 unlabelled cases" in caplog.text
 
 
-def test_gpu_plans_carry_nnunets_schedule_and_default_name(raw_dataset, plan_tiny):
+SCHEDULES = {
+    "gpu": {
+        "optimizer": "sgd",
+        "initial_lr": 1e-2,
+        "weight_decay": 3e-5,
+        "lr_schedule": "poly",
+        "num_epochs": 1000,
+        "iterations_per_epoch": 250,
+        "val_iterations_per_epoch": 50,
+    },
+    "cpu": {
+        "optimizer": "adamw",
+        "initial_lr": 2e-3,
+        "weight_decay": 1e-2,
+        "lr_schedule": "cosine",
+        "num_epochs": 20,
+        "iterations_per_epoch": 50,
+        "val_iterations_per_epoch": 4,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("planner", "schedule", "name"),
+    [
+        ("LGSSLPlanner", "gpu", "LGSSLPlans.json"),
+        ("nnUNetPlannerResEncM", "gpu", "LGSSLResEncMPlans.json"),
+        ("LGSSLPlannerCPU", "cpu", "LGSSLCPUPlans.json"),
+    ],
+)
+def test_plans_carry_the_schedule_of_their_planner_and_its_name(raw_dataset, plan_tiny, planner, schedule, name):
     raw_dataset(labeled=2)
-    file = plan_tiny(planner="LGSSLPlanner", preprocess=False)
-    schedule = json.loads(file.read_text())["lgssl"]["schedule"]
-    assert file.name == "LGSSLPlans.json"
-    assert (schedule["optimizer"], schedule["num_epochs"], schedule["iterations_per_epoch"]) == ("sgd", 1000, 250)
+    file = plan_tiny(planner=planner, preprocess=False)
+    assert file.name == name
+    assert json.loads(file.read_text())["lgssl"]["schedule"] == SCHEDULES[schedule]
+
+
+def test_a_prompt_file_changes_the_embedding_of_its_class_and_no_other(raw_dataset, plan_tiny, tmp_path):
+    def text(**options):
+        return json.loads(plan_tiny(preprocess=False, **options).read_text())["lgssl"]["text"]
+
+    raw_dataset(labeled=2)
+    (tmp_path / "prompts.json").write_text(json.dumps({"liver": "pancreas"}))
+    plain, other = text(), text(prompts=tmp_path / "prompts.json")
+    assert "liver" in plain["prompts"][1]
+    assert "pancreas" in other["prompts"][1]
+    assert [a != b for a, b in zip(plain["prompts"], other["prompts"], strict=True)] == [False, True, False]
+    assert [a != b for a, b in zip(plain["embeddings"], other["embeddings"], strict=True)] == [False, True, False]
+
+
+def test_a_prompt_that_nothing_can_embed_is_refused_with_the_ways_out(
+    raw_dataset, plan_tiny, preprocessed, tmp_path, monkeypatch
+):
+    from lgssl_nnunet.text import encoders
+
+    monkeypatch.setattr(encoders, "missing_packages", lambda: ["transformers"])  # as without the extra
+    raw_dataset(labeled=2)
+    (tmp_path / "prompts.json").write_text(json.dumps({"spleen": "a photograph of a bicycle"}))
+    with pytest.raises(PromptError) as caught:
+        plan_tiny(prompts=tmp_path / "prompts.json")
+    for part in ("'spleen'", "a photograph of a bicycle", "--prompts FILE", "[text]", "--text_encoder"):
+        assert part in str(caught.value)
+    assert "liver" not in str(caught.value)
+    assert not preprocessed.exists()
 
 
 @pytest.mark.parametrize("poison", ["garbage", "deleted"])
@@ -166,7 +223,6 @@ def test_the_folders_are_stated_when_the_variables_are_not_set(raw_dataset, plan
     monkeypatch.delenv("nnUNet_preprocessed")
     assert plan_tiny(preprocess=False).is_relative_to(data_root / "nnUNet_preprocessed")
     assert "nnUNet_preprocessed is not set: using" in caplog.text
-    os.environ.pop("nnUNet_preprocessed", None)
 
 
 @pytest.mark.parametrize(

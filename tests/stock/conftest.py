@@ -58,19 +58,24 @@ def shrink(plans: dict) -> dict:
 
 def make_workspace(root: Path) -> Workspace:
     """Draw the phantom, plan and preprocess it under `root`."""
+    from lgssl_nnunet.plans.cases import load_raw_dataset
     from lgssl_nnunet.plans.plan import plan_and_preprocess
+    from lgssl_nnunet.plans.preprocessing import copy_labels, preprocess_configuration
 
     with pytest.MonkeyPatch.context() as patch:
         for name in VARIABLES:
             (root / name).mkdir()
             patch.setenv(name, str(root / name))
         write_phantom_dataset(root / "nnUNet_raw", PHANTOM)
-        options = {"planner": "LGSSLPlannerCPU", "configurations": ["3d_fullres"], "progress": False}
-        workers = {"num_processes": 0, "num_processes_fingerprint": 0}
-        file = plan_and_preprocess(PHANTOM.dataset_id, overwrite_target_spacing=(3.4, 3.2, 3.2), **options, **workers)[
-            0
-        ]
-    file.write_text(json.dumps(shrink(json.loads(file.read_text()))))
+        options = {"planner": "LGSSLPlannerCPU", "overwrite_target_spacing": (3.4, 3.2, 3.2), "preprocess": False}
+        workers = {"num_processes_fingerprint": 0, "progress": False}
+        (file,) = plan_and_preprocess(PHANTOM.dataset_id, **options, **workers)
+        plans = shrink(json.loads(file.read_text()))
+        file.write_text(json.dumps(plans))
+        # After the patch has become smaller: files are stored in blocks that suit the patch.
+        dataset = load_raw_dataset(PHANTOM.dataset_id)
+        copy_labels(dataset, file.parent)
+        preprocess_configuration(dataset, plans, "3d_fullres", file.parent, progress=False)
     return Workspace(root, PHANTOM.name, file.stem)
 
 

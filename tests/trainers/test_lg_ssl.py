@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,23 @@ import torch
 
 from lgssl_nnunet.engine.seeding import seed_everything
 from lgssl_nnunet.errors import UsageError
+from lgssl_nnunet.trainers import lg_ssl
+
+PROMPT_FEATURE = {"prompts.learnable", "prompts.project.weight"}
+# Hyper-parameter -> value that is not its default, and what the network's builder gets.
+SWITCHES = {
+    "prompt_mode": ("fixed_volume", {"prompt_mode": "fixed_volume"}),
+    "prompt_source": ("random", {"prompt_source": "random"}),
+    "residual_gate": (False, {"gate_start": None}),
+    "gate_start": (0.25, {"gate_start": 0.25}),
+    "affine_norm": (False, {"affine_norm": False}),
+    "stop_gradient": (False, {"stop_gradient": False}),
+    "faithful_decoder": (True, {"faithful_decoder": True}),
+    "dropout": (0.25, {"dropout": 0.25}),
+    "prediction": ("mean", {"prediction": "mean"}),
+}
+# What of the hyper-parameters the loss reads and the network does not.
+OF_THE_LOSS = {"agreement", "detach_labeled", "consistency_weight", "difference_weight", "ramp_fraction"}
 
 
 @pytest.fixture
@@ -17,10 +35,31 @@ def start(started):
     return lambda **values: started("LGSSLTrainer", training={"seed": 0, "hyperparameters": values})
 
 
+@pytest.fixture
+def after_two_steps(start):
+    """LGSSLTrainer with hyper-parameters after two steps, and the batches of the third."""
+
+    def run(**values):
+        trainer = start(**values)
+        for _ in range(2):
+            trainer.train_step(next(trainer.dataloader_train))
+        return trainer, trainer.to_batches(next(trainer.dataloader_train))
+
+    return run
+
+
 def terms(trainer):
     batches = trainer.to_batches(next(trainer.dataloader_train))
     seed_everything(0)
     return trainer.loss_terms(*batches)
+
+
+def gradients(trainer, loss) -> dict[str, torch.Tensor]:
+    """The gradients of a loss that are not zero everywhere."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    named = trainer.network.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None and p.grad.abs().max() > 0}
 
 
 @pytest.mark.parametrize(
@@ -85,3 +124,93 @@ def test_labelled_predictions_follow_the_difference_term_only_when_asked(start):
 def test_values_outside_their_range_are_refused_by_name(name, value, build):
     with pytest.raises(UsageError, match=name):
         build("LGSSLTrainer", training={"seed": 0, "hyperparameters": {name: value}})
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("mode", ["attention", "fixed_volume"])
+def test_only_the_supervised_term_trains_the_prompt_feature(mode, after_two_steps):
+    trainer, batches = after_two_steps(prompt_mode=mode)
+    by_term = {
+        name: set(gradients(trainer, trainer.loss_terms(*batches)[name].value))
+        for name in ("supervised", "agreement", "difference")
+    }
+    assert by_term["supervised"] >= PROMPT_FEATURE
+    for name in ("agreement", "difference"):
+        assert any(parameter.startswith("fusion.") for parameter in by_term[name])
+        assert not by_term[name] & PROMPT_FEATURE
+
+
+@pytest.mark.parametrize("mode", ["attention", "fixed_volume"])
+def test_without_stop_gradient_the_unlabelled_terms_train_it_too(mode, after_two_steps):
+    trainer, batches = after_two_steps(prompt_mode=mode, stop_gradient=False)
+    assert set(gradients(trainer, trainer.loss_terms(*batches)["agreement"].value)) >= PROMPT_FEATURE
+
+
+def test_the_supervised_term_trains_both_decoders(start):
+    trainer = start()
+    found = gradients(trainer, terms(trainer)["supervised"].value)
+    parts = {name.split(".")[0] for name in found}
+    assert {"encoder", "decoder", "second_decoder", "fusion", "prompts"} <= parts
+
+
+@pytest.mark.parametrize("mode", ["attention", "fixed_volume", "none"])
+def test_unlabelled_patches_in_the_batch_leave_the_supervised_gradient_as_it_is(mode, after_two_steps):
+    trainer, (labeled, unlabeled) = after_two_steps(prompt_mode=mode, dropout=0.0)
+    together = gradients(trainer, trainer.loss_terms(labeled, unlabeled)["supervised"].value)
+    outputs = trainer.network(labeled.image, labeled_rows=len(labeled.image))
+    alone = gradients(trainer, sum(0.5 * trainer.supervised_loss(output, labeled.target) for output in outputs))
+    assert together.keys() == alone.keys()
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-5)
+
+
+def test_a_step_is_one_forward_pass_over_labelled_and_unlabelled_patches(start):
+    trainer, calls = start(), []
+    trainer.network.register_forward_pre_hook(
+        lambda _, arguments, options: calls.append((len(arguments[0]), options)), with_kwargs=True
+    )
+    trainer.network.encoder.register_forward_pre_hook(lambda *_: calls.append("encoder"))
+    trainer.train_step(next(trainer.dataloader_train))
+    assert calls == [(4, {"labeled_rows": 2}), "encoder"]
+
+
+# -------------------------------------------------------------------------------------------------- weights and options
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.1, 1.0])
+def test_weights_are_ramp_times_consistency_weight_times_difference_weight(ramp, start, monkeypatch):
+    trainer, asked = start(consistency_weight=3.0, difference_weight=0.5, ramp_fraction=0.25), []
+    monkeypatch.setattr(trainer, "ramp", lambda fraction=1.0: asked.append(fraction) or ramp)
+    weights = {name: term.weight for name, term in terms(trainer).items()}
+    assert weights == {
+        "supervised": 1.0,
+        "agreement": pytest.approx(3.0 * ramp),
+        "difference": pytest.approx(1.5 * ramp),
+    }
+    assert asked == [0.25]
+
+
+def test_the_weights_of_a_run_rise_to_their_end_value_after_the_fraction_of_the_ramp(started):
+    values = {"consistency_weight": 2.0, "ramp_fraction": 0.5}
+    trainer = started("LGSSLTrainer", epochs=2, training={"seed": 0, "hyperparameters": values})
+    batch = next(trainer.dataloader_train)
+    weights = [trainer.train_step(batch)["weight of agreement"] for _ in range(trainer.num_iterations)]
+    assert weights == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_of_the_network_reaches_its_builder(name, build, monkeypatch):
+    value, expected = SWITCHES[name]
+    seen = {}
+    monkeypatch.setattr(lg_ssl, "build_language_guided_unet", lambda *arguments, **options: seen.update(options))
+    trainer = build("LGSSLTrainer", training={"seed": 0, "hyperparameters": {name: value}})
+    trainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 1, 3)
+    assert value != getattr(lg_ssl.LGSSLHyperparameters(), name)
+    assert {option: seen[option] for option in expected} == expected
+
+
+def test_every_hyperparameter_belongs_to_the_network_or_to_the_loss():
+    names = {field.name for field in dataclasses.fields(lg_ssl.LGSSLHyperparameters)}
+    assert names == set(SWITCHES) | OF_THE_LOSS

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from lgssl_nnunet.data.views import ViewsTransform
+from lgssl_nnunet.engine import precision
 from lgssl_nnunet.engine.precision import training_autocast
 from lgssl_nnunet.engine.seeding import seed_everything
-from lgssl_nnunet.errors import LGSSLError, SplitError, TrainingError
+from lgssl_nnunet.errors import LGSSLError, SplitError, TrainingError, UsageError
+from lgssl_nnunet.plans.planner import GPU_SCHEDULE
 from lgssl_nnunet.registry import _find_stock_trainer, find_trainer, trainer_modules, trainer_names
 from lgssl_nnunet.training import PLUGIN_FOLDER
 
@@ -37,6 +40,13 @@ def thin_patches(plans: dict[str, Any]) -> None:
     plans["configurations"]["3d_fullres"]["patch_size"] = [4, 24, 24]
 
 
+def as_on_a_gpu(plans: dict[str, Any]) -> None:
+    """The optimiser and the learning rates that GPU planners plan."""
+    names = ("optimizer", "lr_schedule", "initial_lr", "weight_decay")
+    plans["lgssl"]["schedule"].update({name: GPU_SCHEDULE[name] for name in names})
+
+
+SCHEDULES = {"adamw and cosine": None, "sgd and poly": as_on_a_gpu}
 SITUATIONS = {
     "3d": {},
     "3d with augmentation in 2d": {"changes": thin_patches},
@@ -48,6 +58,8 @@ SITUATIONS = {
     "regions and ignore label": {"variant": "regions_and_ignore"},
     "two channels": {"variant": "two_channels"},
 }
+# A refusal by these, in whatever situation, is a fault; other methods may refuse before they write anything.
+MUST_TRAIN = {"LGSSLTrainer", "SupervisedTrainer", EXAMPLE}
 MAX_LINES = 150
 
 Terms = dict[str, Any]
@@ -316,11 +328,14 @@ def test_the_teacher_copies_the_first_step_and_then_lags_behind_the_student(name
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("name", TRAINERS)
-def test_a_training_step_works_or_the_trainer_refuses_up_front(name, situation, started):
+@pytest.mark.parametrize("name", GRID)
+def test_a_training_step_works_or_the_trainer_refuses_up_front(name, situation, started, tmp_path):
     try:
-        trainer = started(name, **SITUATIONS[situation])
+        trainer = started(name, results=tmp_path, **SITUATIONS[situation])
     except LGSSLError:
+        if name in MUST_TRAIN:
+            raise
+        assert not list(tmp_path.iterdir())
         return
     before = [p.detach().clone() for p in trainer.network.parameters()]
     values = trainer.train_step(next(trainer.dataloader_train))
@@ -374,6 +389,76 @@ def test_the_streams_hold_the_cases_of_the_split(name, started, tiny_dataset):
     assert list(loaders["labeled"].indices) == split["labeled"]
     if "unlabeled" in loaders:
         assert list(loaders["unlabeled"].indices) == split["unlabeled"]
+
+
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_as_many_unlabeled_patches_as_asked_for_are_drawn_for_every_view(name, build, started, trainer_class):
+    asked = {"training": {"seed": 0, "unlabeled_batch_size": 3}}
+    if trainer_class(name).pairs_batches:
+        with pytest.raises(UsageError, match="pairs every labelled with an unlabelled patch"):
+            build(name, **asked)
+        return
+    trainer = started(name, **asked)
+    labeled, unlabeled = trainer.to_batches(next(trainer.dataloader_train))
+    views = {name: len(view) for name in ("weak", "strong") if (view := getattr(unlabeled, name)) is not None}
+    assert views == dict.fromkeys(trainer.views, 3)
+    assert (len(labeled.image), len(unlabeled.keys)) == (2, 3)
+
+
+# --------------------------------------------------------------------------------------------- optimiser and precision
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_gpu_plans_are_trained_with_nnunets_optimizer_and_schedule(name, started):
+    trainer = started(name, epochs=4, changes=as_on_a_gpu)
+    assert type(trainer.optimizer) is torch.optim.SGD
+    assert type(trainer.lr_scheduler) is PolyLRScheduler
+    for group in trainer.optimizer.param_groups:
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.99, True, 3e-5)
+    rates = []
+    for epoch in range(4):
+        trainer.lr_scheduler.step(epoch)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-2 * (1 - epoch / 4) ** 0.9 for epoch in range(4)])
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_cpu_plans_are_trained_with_adamw_and_a_learning_rate_that_falls_every_iteration(name, started):
+    trainer = started(name, epochs=2, iterations=2)
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-2}
+    rates = []
+    for _ in range(4):
+        trainer.train_step(next(trainer.dataloader_train))
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_processor_with_bfloat16_computes_the_terms_in_it_and_they_stay_finite(name, started, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    trainer, seen = started(name), []
+    original = trainer.loss_terms
+
+    def loss_terms(*batches: Any) -> Terms:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return original(*batches)
+
+    trainer.loss_terms = loss_terms
+    values = trainer.train_step(next(trainer.dataloader_train))
+    assert seen == [(True, torch.bfloat16)]
+    assert all(math.isfinite(float(value)) for value in values.values())
+    assert {p.dtype for p in trainer.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_a_processor_without_bfloat16_computes_in_float32(name, started, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    trainer, seen = started(name), []
+    original = trainer.loss_terms
+    trainer.loss_terms = lambda *batches: seen.append(torch.is_autocast_enabled("cpu")) or original(*batches)
+    trainer.train_step(next(trainer.dataloader_train))
+    assert seen == [False]
 
 
 # ------------------------------------------------------------------------------------------------------------ mirroring
@@ -441,15 +526,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(name, started, same
     assert same(trainer.network.state_dict(), pickle.loads(before))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", GRID)
-def test_resuming_ends_as_an_uninterrupted_run_to_the_bit(name, build, same):
-    whole = build(name, epochs=4)
+def test_resuming_ends_as_an_uninterrupted_run_to_the_bit(name, schedule, build, same):
+    options = {"epochs": 4, "changes": SCHEDULES[schedule]}
+    whole = build(name, **options)
     whole.run_training()
-    first = build(name, epochs=4)
+    first = build(name, **options)
     stop_after_epoch(first, 2)
     with pytest.raises(KeyboardInterrupt):
         first.run_training()
-    second = build(name, epochs=4)
+    second = build(name, **options)
     second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
     assert second.current_epoch == 2
     second.run_training()
@@ -503,6 +590,41 @@ def test_the_model_folder_predicts_an_image_file(name, finished, tiny_dataset, t
     segmentation = sitk.ReadImage(str(output))
     assert segmentation.GetSize() == sitk.ReadImage(str(image)).GetSize()
     assert set(np.unique(sitk.GetArrayViewFromImage(segmentation))) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_model_of_regions_writes_label_values(name, build, tiny_dataset, tmp_path):
+    import SimpleITK as sitk
+
+    from lgssl_nnunet.cli.predict import main
+
+    trainer = build(name, variant="regions", epochs=1)
+    trainer.run_training()
+    file = Path(trainer.output_folder) / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    for decoder in ("decoder", "second_decoder"):  # so that a network of two steps finds regions that overlap
+        weight = content["network_weights"].get(
+            f"{decoder}.seg_layers.{len(trainer.network.decoder.stages) - 1}.weight"
+        )
+        if weight is not None:
+            weight.mul_(50)
+    torch.save(content, file)
+    words = f"-device cpu -npp 0 -nps 0 --disable_tta --disable_progress_bar --save_probabilities -o {tmp_path / 'out'}"
+    images = str(tiny_dataset("regions").raw / "imagesTs")
+    assert main(["-m", trainer.output_folder_base, "-i", images, *words.split()]) == 0
+    segmentations = sorted((tmp_path / "out").glob("*.nii.gz"))
+    assert len(segmentations) == 2
+    order = tiny_dataset("regions").dataset_json()["regions_class_order"]
+    written = set()
+    for segmentation in segmentations:
+        probabilities = np.load(segmentation.with_name(segmentation.name.replace(".nii.gz", ".npz")))["probabilities"]
+        found = sitk.GetArrayFromImage(sitk.ReadImage(str(segmentation)))
+        expected = np.zeros_like(found)
+        for region, value in zip(probabilities, order, strict=True):
+            expected[region > 0.5] = value
+        assert np.array_equal(found, expected)
+        written |= set(np.unique(found).tolist())
+    assert written == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -143,6 +143,30 @@ def three_iterations(build):
     return get
 
 
+@pytest.fixture(scope="module")
+def planned_with_all_labels_first(tmp_path_factory, new_phantom, plan_phantom):
+    """What a user has who first plans with six labels and then with three, and the same with the stale files spoilt.
+
+    Gives the two datasets and the spoilt files: labels and everything preprocessed with the labels that are left out.
+    """
+    root = tmp_path_factory.mktemp("all_first")
+    raw = new_phantom(root)
+    complete = plan_phantom(root, raw.name, configurations=("3d_fullres",))
+    intact = plan_phantom(root, raw.name, configurations=("3d_fullres",), labeled=3)
+    spoilt = intact.copied_to(tmp_path_factory.mktemp("spoilt"))
+    left_out = set(complete.plans()["lgssl"]["split"]["labeled"]) - set(intact.plans()["lgssl"]["split"]["labeled"])
+    folders = (
+        spoilt.raw / "labelsTr",
+        spoilt.preprocessed / "gt_segmentations",
+        spoilt.preprocessed / complete.plans()["configurations"]["3d_fullres"]["data_identifier"],
+    )
+    stale = [file for folder in folders for file in sorted(folder.iterdir()) if file.name.split(".")[0] in left_out]
+    stale += [folders[2] / f"{case}_seg.b2nd" for case in left_out]
+    for file in stale:
+        write_garbage(file)
+    return intact, spoilt, stale
+
+
 def test_left_out_cases_are_unlabeled_cases(clean):
     split = clean[0].plans()["lgssl"]["split"]
     assert split["labeled"] == LABELED
@@ -162,6 +186,22 @@ def test_three_iterations_do_not_change_with_the_labels_of_unlabeled_cases(
     name, poison, clean, poisoned, three_iterations, same
 ):
     assert same(three_iterations(name, clean[0]), three_iterations(name, poisoned(poison)))
+
+
+@pytest.mark.parametrize("name", GRID)
+def test_three_iterations_neither_open_nor_feel_what_was_preprocessed_with_more_labels(
+    name, planned_with_all_labels_first, three_iterations, same
+):
+    intact, spoilt, stale = planned_with_all_labels_first
+    with recorded_openings() as opened:
+        found = three_iterations(name, spoilt)
+    assert same(three_iterations(name, intact), found)
+    opened_files = {Path(file).resolve() for file in opened}
+    assert len(stale) == 3 * 5  # label and its copy; image, segmentation and properties as preprocessed
+    assert not opened_files & {file.resolve() for file in stale}
+    labeled = spoilt.plans()["lgssl"]["split"]["labeled"]
+    assert {f"{case}_seg.b2nd" for case in labeled} >= {f.name for f in opened_files if f.name.endswith("_seg.b2nd")}
+    assert any(file.name.endswith("_seg.b2nd") for file in opened_files)  # the recording works
 
 
 def test_planning_opens_labels_of_labeled_cases_only(clean):

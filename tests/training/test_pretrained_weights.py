@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from lgssl_nnunet.engine.pretrained import load_pretrained
@@ -21,44 +20,23 @@ PLANS = SimpleNamespace(
 )
 
 
-def configuration(features: int = 4, kernel: int = 3) -> ConfigurationManager:
-    return ConfigurationManager(
-        {
-            "patch_size": [16, 16],
-            "architecture": {
-                "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-                "arch_kwargs": {
-                    "n_stages": 3,
-                    "features_per_stage": [features, 2 * features, 4 * features],
-                    "conv_op": "torch.nn.modules.conv.Conv2d",
-                    "kernel_sizes": [[kernel, kernel]] * 3,
-                    "strides": [[1, 1], [2, 2], [2, 2]],
-                    "n_conv_per_stage": [1] * 3,
-                    "n_conv_per_stage_decoder": [1] * 2,
-                    "conv_bias": True,
-                    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
-                    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-                    "dropout_op": None,
-                    "dropout_op_kwargs": None,
-                    "nonlin": "torch.nn.LeakyReLU",
-                    "nonlin_kwargs": {"inplace": True},
-                },
-                "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-            },
-        }
-    )
+@pytest.fixture
+def configuration(make_configuration):
+    def make(features: int = 4, kernel: int = 3) -> ConfigurationManager:
+        kernels = [[kernel, kernel]] * 3
+        return make_configuration((16, 16), ((1, 1), (2, 2), (2, 2)), kernels=kernels, features=features)
+
+    return make
 
 
-def stock_network(features: int = 4, channels: int = 1, kernel: int = 3) -> torch.nn.Module:
-    manager = configuration(features, kernel)
-    return get_network_from_plans(
-        manager.network_arch_class_name,
-        manager.network_arch_init_kwargs,
-        manager.network_arch_init_kwargs_req_import,
-        channels,
-        CLASSES,
-        deep_supervision=True,
-    )
+@pytest.fixture
+def make_stock(stock_network, configuration):
+    """nnU-Net's network in two dimensions."""
+
+    def make(features: int = 4, channels: int = 1, kernel: int = 3) -> torch.nn.Module:
+        return stock_network(configuration(features, kernel), channels, CLASSES)
+
+    return make
 
 
 @pytest.fixture
@@ -72,12 +50,12 @@ def checkpoint(tmp_path):
 
 
 @pytest.fixture
-def language_guided():
+def language_guided(configuration):
     return build_language_guided_unet(PLANS, configuration(), 1, CLASSES)
 
 
-def test_a_stock_checkpoint_fills_encoder_and_first_decoder_and_nothing_else(checkpoint, language_guided):
-    stock = stock_network()
+def test_a_stock_checkpoint_fills_encoder_and_first_decoder_and_nothing_else(make_stock, checkpoint, language_guided):
+    stock = make_stock()
     before = {name: tensor.clone() for name, tensor in language_guided.state_dict().items()}
     load_pretrained(language_guided, checkpoint(stock))
     source, after = stock.state_dict(), language_guided.state_dict()
@@ -88,7 +66,9 @@ def test_a_stock_checkpoint_fills_encoder_and_first_decoder_and_nothing_else(che
     assert all(torch.equal(after[name], before[name]) for name in after if name not in expected)
 
 
-def test_a_language_guided_checkpoint_fills_everything_but_what_belongs_to_classes(checkpoint, language_guided):
+def test_a_language_guided_checkpoint_fills_everything_but_what_belongs_to_classes(
+    configuration, checkpoint, language_guided
+):
     other = build_language_guided_unet(PLANS, configuration(), 1, CLASSES)
     load_pretrained(language_guided, checkpoint(other))
     source = other.state_dict()
@@ -97,28 +77,30 @@ def test_a_language_guided_checkpoint_fills_everything_but_what_belongs_to_class
         assert torch.equal(tensor, source[name]) != of_classes
 
 
-def test_tensors_that_nnunet_lists_twice_are_counted_once(checkpoint, caplog):
-    network = stock_network()
+def test_tensors_that_nnunet_lists_twice_are_counted_once(make_stock, checkpoint, caplog):
+    network = make_stock()
     seg_layers = {id(p) for name, p in network.named_parameters() if ".seg_layers." in name}
     with caplog.at_level(logging.INFO):
-        number = load_pretrained(network, checkpoint(stock_network()))
+        number = load_pretrained(network, checkpoint(make_stock()))
     assert number == sum(id(p) not in seg_layers for p in network.parameters())
     assert f"{number} of {number} tensors taken" in caplog.text
 
 
-def test_weights_of_another_shape_are_left_out_and_named(checkpoint, language_guided, caplog):
+def test_weights_of_another_shape_are_left_out_and_named(make_stock, checkpoint, language_guided, caplog):
     first = "encoder.stages.0.0.convs.0.conv.weight"
     before = language_guided.state_dict()[first].clone()
-    load_pretrained(language_guided, checkpoint(stock_network(channels=2)))
+    load_pretrained(language_guided, checkpoint(make_stock(channels=2)))
     assert torch.equal(language_guided.state_dict()[first], before)
     assert first in caplog.text
 
 
 @pytest.mark.parametrize("difference", [{"features": 6}, {"kernel": 1}])
-def test_weights_of_which_no_convolution_fits_the_encoder_are_refused(checkpoint, language_guided, difference):
+def test_weights_of_which_no_convolution_fits_the_encoder_are_refused(
+    make_stock, checkpoint, language_guided, difference
+):
     before = {name: tensor.clone() for name, tensor in language_guided.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"No convolution .* fits the encoder"):
-        load_pretrained(language_guided, checkpoint(stock_network(**difference)))
+        load_pretrained(language_guided, checkpoint(make_stock(**difference)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in language_guided.state_dict().items())
 
 
@@ -135,8 +117,8 @@ def test_a_damaged_file_is_refused(tmp_path, language_guided):
         load_pretrained(language_guided, file)
 
 
-def test_training_initializes_the_network_before_it_takes_pretrained_weights(checkpoint, language_guided):
-    stock, called = stock_network(), []
+def test_training_initializes_the_network_before_it_takes_pretrained_weights(make_stock, checkpoint, language_guided):
+    stock, called = make_stock(), []
     run = SimpleNamespace(initialize=lambda: called.append("initialize"), network=language_guided)
     _load_weights(run, continue_training=False, only_validate=False, pretrained_weights=checkpoint(stock))
     assert called == ["initialize"]

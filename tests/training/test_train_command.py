@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 import lgssl_nnunet.training
 from lgssl_nnunet.cli.train import build_parser, main, parse_settings, understand_words
@@ -22,7 +21,6 @@ def asked(monkeypatch, tmp_path):
         return Path("model")
 
     monkeypatch.setattr(lgssl_nnunet.training, "train", train)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(variable, str(tmp_path))
 
