@@ -22,6 +22,11 @@ def dataset_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_dataset(name: str, wanted: int | str) -> bool:
+    """Whether a folder's name is the wanted one; Dataset007_Name is also dataset 7, 07 and 007."""
+    return name == str(wanted) or (str(wanted).isdecimal() and dataset_number(name) == int(wanted))
+
+
 @dataclass(frozen=True)
 class DataFolder:
     """One of nnU-Net's three folders and where its path was taken from."""

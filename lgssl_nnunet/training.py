@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
 from lgssl_nnunet.files import write_json
-from lgssl_nnunet.paths import dataset_number, use_data_folders
+from lgssl_nnunet.paths import is_dataset, use_data_folders
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
 if TYPE_CHECKING:
@@ -169,18 +169,13 @@ def _check_number_of_gpus(num_gpus: int) -> None:
 def _preprocessed_folder(dataset: int | str) -> Path:
     root = Path(os.environ["nnUNet_preprocessed"])
     known = sorted(folder.name for folder in root.glob("Dataset*_*") if folder.is_dir())
-    matches = [name for name in known if name == str(dataset) or _same_id(name, dataset)]
+    matches = [name for name in known if is_dataset(name, dataset)]
     if len(matches) == 1:
         return root / matches[0]
     listing = f" It holds: {', '.join(known)}." if known else ""
     remedy = "Plan it with lgssl_plan_and_preprocess first." if not matches else "Give the full name."
     problem = "There is no" if not matches else "There is more than one"
     raise UsageError(f"{problem} preprocessed dataset {dataset} in {root}.{listing} {remedy}")
-
-
-def _same_id(name: str, dataset: int | str) -> bool:
-    """Whether Dataset007_Name is dataset 7, 07 or 007."""
-    return str(dataset).isdigit() and dataset_number(name) == int(dataset)
 
 
 def _load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
@@ -397,7 +392,7 @@ def _build(
 ) -> SemiSupervisedTrainer:
     from lgssl_nnunet.inference.device import choose_device
 
-    chosen = choose_device(device) if device is None or isinstance(device, str) else device
+    chosen = choose_device(device)
     if chosen.type == "cuda":
         import torch
 

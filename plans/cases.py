@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import DatasetError, UsageError
-from lgssl_nnunet.paths import data_folders, dataset_number
+from lgssl_nnunet.paths import data_folders, is_dataset
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
 from lgssl_nnunet.plans.problems import Problem
 
@@ -142,9 +142,7 @@ def find_raw_folder(dataset: int | str) -> Path:
     raw = data_folders()["nnUNet_raw"].path
     folders = sorted(path for path in raw.glob("Dataset*") if path.is_dir()) if raw.is_dir() else []
     wanted = str(dataset)
-    found = [path for path in folders if path.name == wanted]
-    if wanted.isdecimal():
-        found = [path for path in folders if dataset_number(path.name) == int(wanted)]
+    found = [path for path in folders if is_dataset(path.name, wanted)]
     if len(found) == 1:
         return found[0]
     if found:

@@ -20,6 +20,7 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
 
     Args:
         name: `cpu`, `cuda`, `cuda:1`, `mps`, or None or `auto` for the best that is there (cuda, then mps, then cpu).
+            A device has been chosen already and comes back as it is.
 
     Returns:
         The device.
@@ -29,8 +30,10 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     """
     import torch
 
+    if isinstance(name, torch.device):
+        return name
     automatic = name is None or name == "auto"
-    device = torch.device(_best_kind()) if automatic else _named_device(str(name))
+    device = torch.device(_best_kind()) if automatic else _named_device(name)
     logger.info("Device: %s%s", describe_device(device), " (chosen automatically, change with -device)" * automatic)
     return device
 

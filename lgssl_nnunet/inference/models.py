@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lgssl_nnunet.errors import CheckpointError, UsageError
-from lgssl_nnunet.paths import dataset_number
+from lgssl_nnunet.paths import dataset_number, is_dataset
 from lgssl_nnunet.registry import trainer_names
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
@@ -185,9 +185,9 @@ def _keep(models: list[TrainedModel], attribute: str, flag: str, value: str | No
 
 def _dataset_name(models: Sequence[TrainedModel], dataset: int | str | None) -> str | None:
     """Return the full dataset name for an id or a name; unknown ones are returned as given."""
-    if dataset is None or not str(dataset).isdigit():
-        return dataset if dataset is None else str(dataset)
-    names = sorted({model.dataset for model in models if dataset_number(model.dataset) == int(dataset)})
+    if dataset is None:
+        return None
+    names = sorted({model.dataset for model in models if is_dataset(model.dataset, dataset)})
     if len(names) > 1:
         raise UsageError(f"-d {dataset} fits several datasets: {', '.join(names)}; give the full name.")
     return names[0] if names else str(dataset)

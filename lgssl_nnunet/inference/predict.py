@@ -112,7 +112,7 @@ def predict(
         PredictionError: cases that failed, after all others were written.
     """
     _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
-    device = choose_device(device) if device is None or isinstance(device, str) else device
+    device = choose_device(device)
     check_precision(precision, device)
     chosen = _choose(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
