@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 SPEC = PhantomSpec(shape=(24, 32, 32))
 BASELINE, METHOD = "SupervisedTrainer", "LGSSLTrainer"
-ITERATIONS = 400
+ITERATIONS = 320
 EPOCHS = 10
 MARKER = "lgssl_demo.json"
 FONT_SIZE = 9  # said everywhere: nnU-Net's plotting changes matplotlib's default for the whole process

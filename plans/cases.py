@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.paths import data_folders, is_dataset
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
-from lgssl_nnunet.plans.problems import Problem
+from lgssl_nnunet.problems import Problem
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter

@@ -8,7 +8,7 @@ from typing import Any
 
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.files import read_json
-from lgssl_nnunet.plans.problems import Problem, raise_if_any
+from lgssl_nnunet.problems import Problem, raise_if_any
 
 REQUIRED_KEYS = {"channel_names": dict, "labels": dict, "file_ending": str}
 

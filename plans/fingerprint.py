@@ -16,9 +16,9 @@ from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
+from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import RawDataset, find_reader
-from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
-from lgssl_nnunet.plans.problems import Problem, raise_if_any
+from lgssl_nnunet.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
 

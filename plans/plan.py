@@ -14,8 +14,8 @@ from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.files import copy_file, read_json_if_valid, write_json
 from lgssl_nnunet.paths import data_folders, use_data_folders
 from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
-from lgssl_nnunet.plans.problems import raise_if_any
 from lgssl_nnunet.plans.splits import Budget, choose_budget
+from lgssl_nnunet.problems import raise_if_any
 
 if TYPE_CHECKING:
     from lgssl_nnunet.plans.planner import LGSSLPlanningMixin

@@ -32,9 +32,9 @@ from lgssl_nnunet.files import (
     read_json_if_valid,
     write_json,
 )
+from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import Case, RawDataset
-from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
-from lgssl_nnunet.plans.problems import Problem, raise_if_any
+from lgssl_nnunet.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", default="lgssl_demo", metavar="FOLDER", help="folder for everything that is written (default lgssl_demo)"
     )
-    parser.add_argument("--iterations", type=int, default=None, help="steps of each trainer (default 400)")
+    parser.add_argument("--iterations", type=int, default=None, help="steps of each trainer (default 320)")
     parser.add_argument("--seed", type=int, default=0, help="training seed of both trainers (default 0)")
     parser.add_argument("-device", default=None, help="cpu, cuda, cuda:1 or mps (default: chosen and printed)")
     parser.add_argument("--no_pbar", action="store_true", help="no progress bars")

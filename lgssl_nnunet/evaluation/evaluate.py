@@ -28,8 +28,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from lgssl_nnunet.errors import DatasetError, PlansError
 from lgssl_nnunet.evaluation.metrics import ClassResult, class_means, class_result, foreground_mean
 from lgssl_nnunet.files import write_atomically
+from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import find_reader
-from lgssl_nnunet.plans.parallel import CaseFailure, run_cases
 
 logger = logging.getLogger(__name__)
 

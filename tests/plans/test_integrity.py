@@ -130,7 +130,7 @@ def test_cases_that_passed_are_not_read_again_until_they_change(raw_dataset, tmp
 
 
 def test_a_long_list_of_problems_is_cut_and_counted(raw_dataset, monkeypatch):
-    monkeypatch.setattr("lgssl_nnunet.plans.problems.MAX_LISTED", 2)
+    monkeypatch.setattr("lgssl_nnunet.problems.MAX_LISTED", 2)
     writer = raw_dataset(labeled=4, unlabeled=0)
     for index in range(4):
         writer.image_file(f"lab_{index:02d}").write_bytes(b"")
