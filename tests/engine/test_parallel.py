@@ -5,9 +5,9 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
+from lgssl_nnunet import parallel
 from lgssl_nnunet.errors import LGSSLError
 from lgssl_nnunet.parallel import CaseFailure, run_cases
-from lgssl_nnunet import parallel
 
 
 def half(number: int) -> int:

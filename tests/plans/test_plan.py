@@ -235,6 +235,7 @@ def test_the_folders_are_stated_when_the_variables_are_not_set(raw_dataset, plan
         ({"overwrite_target_spacing": (1.0, 1.0)}, UsageError, "three positive numbers"),
         ({"overwrite_target_spacing": (1.0, 0.0, 1.0)}, UsageError, "three positive numbers"),
         ({"overwrite_plans_name": "a/b"}, UsageError, "plain name"),
+        ({"overwrite_plans_name": "a__b"}, UsageError, "double underscore"),
         ({"preprocessor_name": "Nothing"}, UsageError, "DefaultPreprocessor"),
         ({"gpu_memory_target": 8.0}, UsageError, "no meaning for LGSSLPlannerCPU"),
         ({"gpu_memory_target": -1.0, "planner": "LGSSLPlanner"}, UsageError, "positive number"),

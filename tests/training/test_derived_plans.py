@@ -146,6 +146,11 @@ def test_unknown_hyperparameters_are_refused(derive):
         derive(trainer="SupervisedTrainer", hyperparameters={"weight": "1"})
 
 
+def test_a_method_without_unlabelled_patches_takes_no_number_of_them(derive):
+    with pytest.raises(UsageError, match="SupervisedTrainer has no unlabelled patches: leave out --unlabeled_batch_si"):
+        derive(trainer="SupervisedTrainer", unlabeled_batch_size=2)
+
+
 def test_nnunets_own_plans_cannot_carry_options(derive, tiny_dataset):
     plans = tiny_dataset().plans()
     del plans["lgssl"]
