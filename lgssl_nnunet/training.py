@@ -55,7 +55,7 @@ def train(
 
     Args:
         dataset: dataset id or name.
-        configuration: "2d", "3d_fullres" or "3d_lowres".
+        configuration: "2d", "3d_fullres" or "3d_lowres"; with a protocol also "3d_literature".
         trainer: name of a trainer class, see `lgssl_info`.
         fold: "all" (every labelled case trains) or 0 to 4 (nnU-Net's five folds inside the labelled cases).
         plans: plans name; None takes the dataset's only LGSSL plans, else the newest.

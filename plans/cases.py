@@ -116,7 +116,6 @@ def load_raw_dataset(dataset: int | str) -> RawDataset:
     for name in sorted(set(cases) & set(extra)):
         problem = Problem(f"{folder.name}/{name}", "is in imagesTr and in imagesUn", "remove it from one of the two")
         extra_problems.append(problem)
-    test, _ = _cases_in(folder / "imagesTs", dataset_json)
     everything = dict(sorted({**extra, **cases}.items()))
     _require_cases(folder, everything)
     problems += extra_problems + _missing_channels(everything, dataset_json)
@@ -128,7 +127,7 @@ def load_raw_dataset(dataset: int | str) -> RawDataset:
         dataset_json=dataset_json,
         labeled={name: case for name, case in everything.items() if case.label is not None},
         unlabeled={name: case for name, case in everything.items() if case.label is None},
-        test=tuple(sorted(test)),
+        test=tuple(held_out_cases(folder, dataset_json)),
         problems=tuple(problems),
     )
 
@@ -150,6 +149,11 @@ def find_raw_folder(dataset: int | str) -> Path:
         raise UsageError(f"Dataset id {wanted} belongs to several folders in {raw}: {names}; give the folder's name.")
     there = ", ".join(path.name for path in folders) or "no dataset"
     raise UsageError(f"No dataset {wanted} in {raw}, which holds: {there}; check -d and the variable nnUNet_raw.")
+
+
+def held_out_cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, Case]:
+    """Return the cases in imagesTs by identifier, sorted and without labels; nothing may be learnt from them."""
+    return dict(sorted(_cases_in(folder / "imagesTs", dataset_json)[0].items()))
 
 
 def find_reader(dataset_json: dict[str, Any], example_image: Path) -> type[BaseReaderWriter]:

@@ -1,87 +1,224 @@
-"""Integrity of a raw dataset: every problem of every case, found before any long work and reported at once."""
+"""Integrity of a raw dataset: every problem of every case, found before any long work and reported at once.
+
+While a case is read, a print of it is taken, and the prints tell which cases are twins. Held-out images (test and
+validation) are read for their prints alone: a twin across training and held-out cases would make the test worthless.
+"""
 
 from __future__ import annotations
 
-import gzip
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
+from lgssl_nnunet.dataset_conversion.geometry import Geometry
+from lgssl_nnunet.dataset_conversion.twins import ImagePrint, Twins, find_twins, print_of, report
+from lgssl_nnunet.dataset_conversion.volumes import count_not_finite, last_line, require_whole_gzip
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
-from lgssl_nnunet.plans.cases import Case, RawDataset, find_reader
+from lgssl_nnunet.plans.cases import Case, RawDataset, find_reader, held_out_cases
 from lgssl_nnunet.plans.dataset_json import label_values
 from lgssl_nnunet.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
 
-_GZIP_CHUNK = 1 << 22
-_SPACING_TOLERANCE = 1e-3
-"""Relative; headers round to a few digits."""
-_ORIGIN_TOLERANCE = 0.1
-"""In voxels: less cannot move a label by a voxel."""
-_DIRECTION_TOLERANCE = 1e-3
-_KEYS_PER_CASE = 2
-"""A case may have passed as a labelled one and, left out by another budget, as an unlabelled one."""
+_KEYS_PER_CASE = 3
+"""A case may have been read as a labelled, as an unlabelled (left out by a budget) and as a held-out one."""
+_MANIFEST_VERSION = 2
+"""To be raised when checks or prints change: cases in older manifests are read again."""
+
+
+@dataclass(frozen=True)
+class CheckedCase:
+    """What came out of the check of one case.
+
+    Attributes:
+        problems: what is wrong with it.
+        image_print: what its twins are found by; None if something is wrong.
+    """
+
+    problems: tuple[Problem, ...]
+    image_print: ImagePrint | None = None
 
 
 def check_integrity(
-    dataset: RawDataset, *, passed_file: Path | None = None, num_processes: int = 0, progress: bool = True
-) -> None:
-    """Check all training images and the labels of the labelled cases.
+    dataset: RawDataset,
+    *,
+    held_out: Mapping[str, Case] | None = None,
+    passed_file: Path | None = None,
+    num_processes: int = 0,
+    progress: bool = True,
+) -> list[list[str]]:
+    """Check all training images and the labels of the labelled cases, and look for twins.
 
     Args:
         dataset: the raw dataset with the budget applied; labels outside the budget are not opened.
+        held_out: test and validation cases, which must have no twin in training; their labels are not opened. None for
+            the cases in imagesTs.
         passed_file: where to note the cases that passed; those whose files have not changed are not read again.
         num_processes: worker processes; 0 for none.
         progress: show a progress bar.
 
+    Returns:
+        The pairs of twins among the training cases.
+
     Raises:
         DatasetError: lists every problem found, with a remedy.
     """
-    problems = list(dataset.problems)
-    readable = {name: case for name, case in dataset.cases.items() if all(path.exists() for path in case.images)}
+    problems, pairs = list(dataset.problems), []
+    readable = _with_all_files(dataset.cases)
     if readable:
-        problems += _check_cases(dataset, readable, passed_file, num_processes, progress)
+        if held_out is None:
+            held_out = held_out_cases(dataset.folder, dataset.dataset_json)
+        reading = _Reading(
+            find_reader(dataset.dataset_json, next(iter(readable.values())).images[0]),
+            _Manifest(passed_file),
+            num_processes,
+            progress,
+        )
+        prints, case_problems = _check_cases(dataset, readable, reading)
+        pairs, twin_problems = _judge_twins(dataset.name, prints, _held_out_prints(held_out, reading))
+        problems += case_problems + twin_problems
     raise_if_any(problems, dataset.name)
+    return pairs
+
+
+class _Manifest:
+    """The prints of cases that passed, by case and by a key that changes with the case's files."""
+
+    def __init__(self, file: Path | None) -> None:
+        content = read_json_if_valid(file) if file else None
+        known = isinstance(content, dict) and content.get("version") == _MANIFEST_VERSION
+        self._file = file
+        self._cases: dict[str, dict[str, Any]] = content["cases"] if known else {}
+
+    def known(self, keys: Mapping[str, str]) -> dict[str, ImagePrint]:
+        """Return the prints of those cases that have passed with these keys."""
+        entries = {name: self._cases.get(name, {}).get(key) for name, key in keys.items()}
+        return {name: ImagePrint.from_json(entry) for name, entry in entries.items() if entry is not None}
+
+    def add(self, prints: Mapping[str, ImagePrint], keys: Mapping[str, str]) -> None:
+        """Note cases that passed and write the file."""
+        for name, image_print in prints.items():
+            entries = {**self._cases.get(name, {}), keys[name]: image_print.to_json()}
+            self._cases[name] = dict(list(entries.items())[-_KEYS_PER_CASE:])
+        if self._file is not None and prints:
+            write_json({"version": _MANIFEST_VERSION, "cases": dict(sorted(self._cases.items()))}, self._file)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How cases are read: nnU-Net's reader class, what is known of them already, and with how many processes."""
+
+    reader: type
+    manifest: _Manifest
+    num_processes: int
+    progress: bool
+
+
+def _with_all_files(cases: Mapping[str, Case]) -> dict[str, Case]:
+    return {name: case for name, case in cases.items() if all(path.exists() for path in case.images)}
 
 
 def _check_cases(
-    dataset: RawDataset, cases: Mapping[str, Case], passed_file: Path | None, num_processes: int, progress: bool
-) -> list[Problem]:
-    reader = find_reader(dataset.dataset_json, next(iter(cases.values())).images[0])
+    dataset: RawDataset, cases: Mapping[str, Case], reading: _Reading
+) -> tuple[dict[str, ImagePrint], list[Problem]]:
+    """Return the prints of the cases that pass and the problems of the others."""
     values = label_values(dataset.dataset_json["labels"])
-    keys = {name: _key(case, dataset.num_channels, values, reader) for name, case in cases.items()}
-    noted = read_json_if_valid(passed_file) if passed_file else None
-    passed = noted if isinstance(noted, dict) else {}
-    todo = [name for name in cases if keys[name] not in passed.get(name, [])]
-    tasks = {name: (cases[name], dataset.num_channels, values, reader) for name in todo}
-    found = dict(run_cases(check_case, tasks, num_processes=num_processes, description="Integrity", progress=progress))
-    problems = []
-    for name in todo:
-        outcome = found[name]
+    keys = {name: _key(case, dataset.num_channels, values, reading.reader) for name, case in cases.items()}
+    tasks = {name: (case, dataset.num_channels, values, reading.reader) for name, case in cases.items()}
+    prints, failed = _prints(check_case, tasks, keys, reading, "Integrity")
+    return prints, [problem for name in cases if name in failed for problem in failed[name]]
+
+
+def _held_out_prints(cases: Mapping[str, Case], reading: _Reading) -> dict[str, ImagePrint]:
+    """Return the prints of the images of held-out cases by folder and case; nothing else may be learnt from them."""
+    there = {name: case.without_label() for name, case in _with_all_files(cases).items()}
+    keys = {name: content_hash([_signatures(case), reading.reader.__name__]) for name, case in there.items()}
+    tasks = {name: (case, reading.reader) for name, case in there.items()}
+    prints, failed = _prints(print_images, tasks, keys, reading, "Held-out images")
+    for problem in (problem for name in sorted(failed) for problem in failed[name]):
+        logger.warning("%s: %s, so it is not known whether it has a twin in training.", problem.file, problem.problem)
+    return {f"{there[name].images[0].parent.name}/{name}": image_print for name, image_print in prints.items()}
+
+
+def _prints(
+    function: Callable[..., CheckedCase],
+    tasks: Mapping[str, tuple],
+    keys: Mapping[str, str],
+    reading: _Reading,
+    description: str,
+) -> tuple[dict[str, ImagePrint], dict[str, tuple[Problem, ...]]]:
+    """Return the prints of the cases that pass, new or known, and the problems of the others."""
+    known = reading.manifest.known(keys)
+    todo = {name: task for name, task in tasks.items() if name not in known}
+    found, failed = {}, {}
+    for name, outcome in run_cases(
+        function, todo, num_processes=reading.num_processes, description=description, progress=reading.progress
+    ):
         if isinstance(outcome, CaseFailure):
-            outcome = [Problem(name, f"could not be checked ({outcome.reason})", "repair or remove the case")]
-        if not outcome:
-            passed[name] = [*passed.get(name, []), keys[name]][-_KEYS_PER_CASE:]
-        problems += outcome
-    if passed_file is not None and todo:
-        write_json(dict(sorted(passed.items())), passed_file)
-    return problems
+            failed[name] = (Problem(name, f"could not be checked ({outcome.reason})", "repair or remove the case"),)
+        elif outcome.problems:
+            failed[name] = outcome.problems
+        else:
+            found[name] = outcome.image_print
+    reading.manifest.add(found, keys)
+    return {**known, **found}, failed
+
+
+def _judge_twins(
+    dataset_name: str, training: Mapping[str, ImagePrint], held_out: Mapping[str, ImagePrint]
+) -> tuple[list[list[str]], list[Problem]]:
+    """Return the pairs of twins in training, after a warning, and as problems those across training and held-out."""
+    twins = find_twins({**training, **held_out})
+    inside = [pair for pair in twins if pair.first in training and pair.second in training]
+    for sentence in report(inside):
+        logger.warning("%s: %s", dataset_name, sentence)
+    across = [pair for pair in twins if (pair.first in training) != (pair.second in training)]
+    return [[pair.first, pair.second] for pair in inside], [_leak(pair, training) for pair in across]
+
+
+def _leak(twins: Twins, training: Mapping[str, ImagePrint]) -> Problem:
+    inside, outside = (twins.first, twins.second) if twins.first in training else (twins.second, twins.first)
+    return Problem(
+        outside,
+        f"is a test or validation case and a twin of the training case {inside} ({twins.reason})",
+        "remove one of the two, or skip the whole integrity check with --no_verify at your own risk",
+    )
 
 
 def _key(case: Case, num_channels: int, values: Sequence[int], reader: type) -> str:
     """Return a hash of what the outcome of a case's check depends on."""
-    files = [file_signature(path) for path in (*case.images, *([case.label] if case.label else []))]
-    return content_hash([files, num_channels, list(values), reader.__name__])
+    return content_hash([_signatures(case), num_channels, list(values), reader.__name__])
 
 
-def check_case(case: Case, num_channels: int, values: Sequence[int], reader: type) -> list[Problem]:
-    """Return the problems of one case.
+def _signatures(case: Case) -> list[list[str | int]]:
+    return [file_signature(path) for path in (*case.images, *([case.label] if case.label else []))]
+
+
+def print_images(case: Case, reader: type) -> CheckedCase:
+    """Return the print of the images of one case and what keeps them from being read.
+
+    Args:
+        case: the case.
+        reader: nnU-Net's reader class.
+    """
+    problems: list[Problem] = []
+    channels = [_read(path, reader, problems) for path in case.images]
+    return CheckedCase(tuple(problems), None if problems else _print(channels))
+
+
+def _print(channels: Sequence[tuple[np.ndarray, Mapping[str, Any]]], label: np.ndarray | None = None) -> ImagePrint:
+    images = [image for image, _ in channels]
+    image = images[0] if len(images) == 1 else np.concatenate(images)
+    return print_of(image, channels[0][1]["spacing"], label)
+
+
+def check_case(case: Case, num_channels: int, values: Sequence[int], reader: type) -> CheckedCase:
+    """Return the problems of one case, and its print if it has none.
 
     Args:
         case: the case; its label is opened only if it has one.
@@ -102,55 +239,35 @@ def check_case(case: Case, num_channels: int, values: Sequence[int], reader: typ
     for path, image, properties in images[1:]:
         remedy = "re-export or resample the channels together"
         problems += _geometry_problems(path, image, properties, *images[0], remedy)
-    if case.label is not None:
-        label = _read(case.label, reader, problems, is_label=True)
-        if label is not None:
-            problems += _value_problems(case.label, label[0])
-            problems += _unknown_values(case.label, label[0], values)
-            if images:
-                remedy = "resample the label to the image's grid"
-                problems += _geometry_problems(case.label, *label, *images[0], remedy)
-    return problems
+    label = None if case.label is None else _read(case.label, reader, problems, is_label=True)
+    if label is not None:
+        problems += _value_problems(case.label, label[0])
+        problems += _unknown_values(case.label, label[0], values)
+        if images:
+            remedy = "resample the label to the image's grid"
+            problems += _geometry_problems(case.label, *label, *images[0], remedy)
+    if problems:
+        return CheckedCase(tuple(problems))
+    return CheckedCase((), _print(channels, None if label is None else label[0]))
 
 
 def _read(
     path: Path, reader: type, problems: list[Problem], is_label: bool = False
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     try:
-        _require_whole_gzip(path)
+        require_whole_gzip(path)
         return reader().read_seg(str(path)) if is_label else reader().read_images((str(path),))
     except Exception as error:
-        problems.append(Problem(_shown(path), f"cannot be read ({_first_line(error)})", "copy or export it again"))
+        problems.append(Problem(_shown(path), f"cannot be read ({last_line(error)})", "copy or export it again"))
         return None
 
 
-def _require_whole_gzip(path: Path) -> None:
-    """Raise if a compressed file is cut off or damaged; SimpleITK would fill the rest of the image with zeros."""
-    if path.suffix != ".gz":
-        return
-    with gzip.open(path) as stream:
-        while stream.read(_GZIP_CHUNK):
-            pass
-
-
 def _value_problems(path: Path, image: np.ndarray) -> list[Problem]:
-    wrong = count_stored_not_finite(path) or _count_not_finite(image)
+    wrong = count_not_finite(path, image)
     if not wrong:
         return []
     problem = f"{wrong} voxels are NaN or infinite"
     return [Problem(_shown(path), problem, "replace them by a value that makes sense")]
-
-
-def count_stored_not_finite(path: Path) -> int:
-    """Count the NaN and infinite voxels that a NIfTI file stores: ITK turns them into 0 when it reads one."""
-    if not path.name.endswith((".nii", ".nii.gz")):
-        return 0
-    image = nib.load(path)
-    return _count_not_finite(image.dataobj.get_unscaled()) if image.get_data_dtype().kind == "f" else 0
-
-
-def _count_not_finite(image: np.ndarray) -> int:
-    return int(image.size - np.count_nonzero(np.isfinite(image)))
 
 
 def _unknown_values(path: Path, label: np.ndarray, values: Sequence[int]) -> list[Problem]:
@@ -172,44 +289,22 @@ def _geometry_problems(
     remedy: str,
 ) -> list[Problem]:
     """Compare the grids of two files of one case; arrays are (C, X, Y, Z)."""
-    name, other = _shown(path), _shown(reference_path)
-    if image.shape[1:] != reference.shape[1:]:
-        difference = f"has shape {list(image.shape[1:])} and {other} has {list(reference.shape[1:])}"
-        return [Problem(name, difference, remedy)]
-    spacing = np.asarray(reference_properties["spacing"], dtype=float)
-    if not np.allclose(properties["spacing"], spacing, rtol=_SPACING_TOLERANCE, atol=0):
-        difference = f"has spacing {_rounded(properties['spacing'])} mm and {other} has {_rounded(spacing)} mm"
-        return [Problem(name, difference, remedy)]
-    problems = []
-    mine, theirs = _placement(properties), _placement(reference_properties)
-    for what, tolerance in (("origin", _ORIGIN_TOLERANCE * spacing.min()), ("direction", _DIRECTION_TOLERANCE)):
-        if what in mine and what in theirs and not np.allclose(mine[what], theirs[what], rtol=0, atol=tolerance):
-            difference = f"has {what} {_rounded(mine[what])} and {other} has {_rounded(theirs[what])}"
-            problems.append(Problem(name, difference, remedy))
-    return problems
+    mine = _geometry(image, properties)
+    differences = mine.differences(_geometry(reference, reference_properties), _shown(reference_path))
+    return [Problem(_shown(path), difference, remedy) for difference in differences]
 
 
-def _placement(properties: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Return origin in mm and direction cosines where the format stores them."""
+def _geometry(image: np.ndarray, properties: Mapping[str, Any]) -> Geometry:
+    """Return the grid of an array (C, X, Y, Z); origin and direction where the format stores them."""
+    origin = direction = None
     if "sitk_stuff" in properties:
-        stored = properties["sitk_stuff"]
-        return {"origin": np.asarray(stored["origin"]), "direction": np.asarray(stored["direction"])}
-    if "nibabel_stuff" in properties:
+        origin, direction = (tuple(properties["sitk_stuff"][what]) for what in ("origin", "direction"))
+    elif "nibabel_stuff" in properties:
         affine = np.asarray(properties["nibabel_stuff"]["original_affine"])
         axes = affine[:3, :3]
-        return {"origin": affine[:3, 3], "direction": (axes / np.linalg.norm(axes, axis=0)).ravel()}
-    return {}
+        origin, direction = tuple(affine[:3, 3]), tuple((axes / np.linalg.norm(axes, axis=0)).ravel())
+    return Geometry(image.shape[1:], tuple(properties["spacing"]), origin, direction)
 
 
 def _shown(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-def _rounded(numbers: Sequence[float] | np.ndarray) -> list[float]:
-    return [round(float(number), 4) for number in np.ravel(numbers)]
-
-
-def _first_line(error: Exception) -> str:
-    """Return the last line of a message: ITK and nibabel put where it happened first and what happened last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.files import copy_file, read_json_if_valid, write_json
 from lgssl_nnunet.paths import data_folders, use_data_folders
-from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
-from lgssl_nnunet.plans.splits import Budget, choose_budget
+from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset
+from lgssl_nnunet.plans.protocol import (
+    LITERATURE_CONFIGURATION,
+    Protocol,
+    ProtocolCases,
+    apply_protocol,
+    find_protocol,
+)
+from lgssl_nnunet.plans.splits import Budget, choose_budget, protocol_budget
 from lgssl_nnunet.problems import raise_if_any
 
 if TYPE_CHECKING:
@@ -59,6 +66,8 @@ class PlanningJob:
     plans_name: str
     prompts: list[Prompt]
     embeddings: PromptEmbeddings
+    published: ProtocolCases | None
+    held_out: Mapping[str, Case] | None
 
     @property
     def preprocessed(self) -> Path:
@@ -72,6 +81,7 @@ def plan_and_preprocess(
     planner: str = "LGSSLPlanner",
     labeled: int | None = None,
     labeled_list: Path | str | None = None,
+    protocol: str | None = None,
     seed: int = 0,
     prompts: Path | str | None = None,
     text_encoder: str = "bank",
@@ -99,6 +109,8 @@ def plan_and_preprocess(
         planner: a name of `lgssl_nnunet.plans.planner.PLANNERS`.
         labeled: number of labelled cases to draw; the other labelled cases become unlabelled. None: all.
         labeled_list: text file that names the labelled cases to use, one identifier per line.
+        protocol: name of a protocol (`lgssl_nnunet.plans.protocol`), whose lists fix which cases train and test;
+            `labeled` takes the first ones of its list.
         seed: seed of the draw; draws with one seed are nested.
         prompts: JSON file with a prompt by class name; it overrides those of dataset.json.
         text_encoder: where prompt embeddings come from: "bank" (shipped), an open_clip model or local weights.
@@ -144,8 +156,9 @@ def plan_and_preprocess(
         progress=progress,
     )
     planner_class = _check_options(options)
+    lists = _find_lists(protocol, labeled_list, seed)
     ids = [dataset_ids] if isinstance(dataset_ids, (int, str)) else list(dataset_ids)
-    jobs = [_prepare(i, options, planner_class, labeled, labeled_list, seed, prompts) for i in ids]
+    jobs = [_prepare(i, options, planner_class, labeled, labeled_list, lists, seed, prompts) for i in ids]
     return [_run(job, options, planner_class) for job in jobs]
 
 
@@ -155,24 +168,40 @@ def _prepare(
     planner_class: type[LGSSLPlanningMixin],
     labeled: int | None,
     labeled_list: Path | str | None,
+    protocol: Protocol | None,
     seed: int,
     prompts: Path | str | None,
 ) -> PlanningJob:
     """Sort the cases, choose the budget and embed the prompts: all that can be refused without reading an image."""
     complete = load_raw_dataset(dataset_id)
-    budget = choose_budget(complete, labeled=labeled, labeled_list=labeled_list, seed=seed)
-    dataset = complete.with_labeled(budget.labeled)
+    published = None if protocol is None else apply_protocol(protocol, complete)
+    if published is None:
+        budget = choose_budget(complete, labeled=labeled, labeled_list=labeled_list, seed=seed)
+        dataset = complete.with_labeled(budget.labeled)
+    else:
+        budget = protocol_budget(published, labeled)
+        dataset = published.dataset.with_labeled(budget.labeled)
     _report_cases(complete, dataset, budget)
     sentences, embeddings = _embed(dataset.dataset_json, prompts, options.text_encoder)
     plans_name = options.plans_name or f"{planner_class.plans_prefix}{budget.name}"
-    job = PlanningJob(dataset, budget, plans_name, sentences, embeddings)
+    held_out = _held_out(complete, published)
+    job = PlanningJob(dataset, budget, plans_name, sentences, embeddings, published, held_out)
     _refuse_foreign_plans(job.preprocessed / f"{plans_name}.json")
     return job
 
 
+def _held_out(complete: RawDataset, published: ProtocolCases | None) -> dict[str, Case] | None:
+    """Return the test and validation cases of a protocol, None without one: then they are those of imagesTs."""
+    if published is None:
+        return None
+    there = {**held_out_cases(complete.folder, complete.dataset_json), **complete.cases}
+    return {name: there[name] for name in (*published.validation, *published.dataset.test)}
+
+
 def _run(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLPlanningMixin]) -> Path:
-    _check_integrity(job, options)
+    twins = _check_integrity(job, options)
     plans = _plan(job, options, planner_class)
+    plans["lgssl"]["twins"] = twins
     file = job.preprocessed / f"{job.plans_name}.json"
     old = read_json_if_valid(file)
     copy_file(job.dataset.folder / "dataset.json", job.preprocessed / "dataset.json")
@@ -187,17 +216,19 @@ def _run(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLPl
     return file
 
 
-def _check_integrity(job: PlanningJob, options: PlanningOptions) -> None:
+def _check_integrity(job: PlanningJob, options: PlanningOptions) -> list[list[str]]:
+    """Return the pairs of twins among the training cases; none are known without the check."""
     if not options.verify:
         raise_if_any(job.dataset.problems, job.dataset.name)
-        return
+        return []
     from lgssl_nnunet.plans.integrity import check_integrity
 
     passed_file = job.preprocessed / "integrity.manifest.json"
     if options.clean:
         passed_file.unlink(missing_ok=True)
-    check_integrity(
+    return check_integrity(
         job.dataset,
+        held_out=job.held_out,
         passed_file=passed_file,
         num_processes=options.num_processes_fingerprint,
         progress=options.progress,
@@ -224,6 +255,7 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
         preprocessor_name=options.preprocessor_name,
         gpu_memory_target=options.gpu_memory_target,
         overwrite_target_spacing=options.overwrite_target_spacing,
+        protocol=None if job.published is None else job.published.protocol,
     )
     plans["lgssl"] = _lgssl_block(job, plans, planner_class)
     return plans
@@ -238,12 +270,12 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         plans["image_reader_writer"],
         plans["transpose_forward"],
     )
-    return {
+    block = {
         "schema_version": SCHEMA_VERSION,
         "split": {
             "labeled": sorted(job.dataset.labeled),
             "unlabeled": sorted(job.dataset.unlabeled),
-            "validation": [],
+            "validation": [] if job.published is None else list(job.published.validation),
             "test": list(job.dataset.test),
         },
         "draw_seed": job.budget.seed,
@@ -256,6 +288,7 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         },
         "mirroring_axes": axes,
     }
+    return block if job.published is None else block | {"protocol": job.published.protocol.name}
 
 
 def _preprocess(job: PlanningJob, plans: dict[str, Any], options: PlanningOptions) -> None:
@@ -344,11 +377,22 @@ def _check_options(options: PlanningOptions) -> type[LGSSLPlanningMixin]:
     return planner_class
 
 
+def _find_lists(protocol: str | None, labeled_list: Path | str | None, seed: int) -> Protocol | None:
+    """Return the protocol that `--protocol` names, and refuse what would choose the cases as well."""
+    if protocol is None:
+        return None
+    if labeled_list is not None:
+        raise UsageError("--protocol and --labeled_list exclude each other; give one of them.")
+    if seed:
+        raise UsageError(f"--protocol {protocol} draws nothing, its lists are fixed: leave out --seed {seed}.")
+    return find_protocol(protocol)
+
+
 def _check_configurations(configurations: Sequence[str]) -> None:
     for name in configurations:
         if name == "3d_cascade_fullres":
             raise UsageError("3d_cascade_fullres is not supported yet; use 3d_fullres or 3d_lowres.")
-        if name not in CONFIGURATIONS:
+        if name not in (*CONFIGURATIONS, LITERATURE_CONFIGURATION):
             near = difflib.get_close_matches(name, CONFIGURATIONS, n=1, cutoff=0) or CONFIGURATIONS
             raise UsageError(f"-c {name}: no such configuration; did you mean {near[0]}?")
     if not configurations or len(set(configurations)) != len(configurations):

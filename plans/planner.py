@@ -13,6 +13,7 @@ folder: the plans depend on the dataset and the budget alone, and existing files
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import io
 import logging
@@ -24,6 +25,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncL,
     nnUNetPlannerResEncM,
@@ -34,6 +36,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.files import environment, read_json, write_json
 from lgssl_nnunet.plans.cases import RawDataset
+from lgssl_nnunet.plans.protocol import LITERATURE_CONFIGURATION, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ DECODERS = 2
 """Decoders of LGSSLTrainer's network."""
 
 _MIN_PATCH_EDGE = 16
+_UNLIMITED_POOLING = 999_999
+"""As nnU-Net's planner passes it."""
 
 GPU_SCHEDULE = {
     "optimizer": "sgd",
@@ -97,6 +102,30 @@ class LGSSLPlanningMixin:
     def generate_data_identifier(self, configuration_name: str) -> str:
         """Return the preprocessed folder's name: never shared with nnU-Net, whose folders hold other cases."""
         return f"{self.plans_identifier}_{configuration_name}"
+
+    def with_patch_size(self, configuration: dict[str, Any], patch_size: Sequence[int]) -> dict[str, Any]:
+        """Return a copy of a 3D configuration with another patch size and nnU-Net's network for it.
+
+        Args:
+            configuration: a planned configuration.
+            patch_size: exactly this patch, in the order of the preprocessed array's axes; memory is not looked at.
+        """
+        planned = copy.deepcopy(configuration)
+        strides, kernels = _topology(planned["spacing"], patch_size, self.UNet_featuremap_min_edge_length)
+        stages = len(strides)
+        network = planned["architecture"]["arch_kwargs"]
+        encoder_depths = "n_blocks_per_stage" if "n_blocks_per_stage" in network else "n_conv_per_stage"
+        network |= {
+            "n_stages": stages,
+            "features_per_stage": [
+                min(self.UNet_max_features_3d, self.UNet_base_num_features * 2**stage) for stage in range(stages)
+            ],
+            "kernel_sizes": kernels,
+            "strides": strides,
+            encoder_depths: list(self.UNet_blocks_per_stage_encoder[:stages]),
+            "n_conv_per_stage_decoder": list(self.UNet_blocks_per_stage_decoder[: stages - 1]),
+        }
+        return planned | {"patch_size": [int(length) for length in patch_size]}
 
 
 class LGSSLPlanner(LGSSLPlanningMixin, ExperimentPlanner):
@@ -192,6 +221,7 @@ def make_plans(
     preprocessor_name: str = "DefaultPreprocessor",
     gpu_memory_target: float | None = None,
     overwrite_target_spacing: Sequence[float] | None = None,
+    protocol: Protocol | None = None,
 ) -> dict[str, Any]:
     """Run a planner and return nnU-Net's plans, without the block of this package and without writing anything.
 
@@ -203,6 +233,7 @@ def make_plans(
         preprocessor_name: nnU-Net's preprocessor class.
         gpu_memory_target: memory in GB that LGSSLTrainer's step may take; None for the planner's default.
         overwrite_target_spacing: spacing in mm of 3d_fullres, in the order of the array axes.
+        protocol: adds 3d_literature with its published patch and batch size, if it has them.
 
     Raises:
         PlansError: no patch fits the memory target.
@@ -219,14 +250,41 @@ def make_plans(
             environment({"nnUNet_raw": str(raw), "nnUNet_preprocessed": str(preprocessed)}),
             contextlib.redirect_stdout(output),
         ):
-            planner(
-                dataset.name, preprocessor_name=preprocessor_name, plans_name=plans_name, **options
-            ).plan_experiment()
+            planning = planner(dataset.name, preprocessor_name=preprocessor_name, plans_name=plans_name, **options)
+            planning.plan_experiment()
         logger.debug("nnU-Net's planner says:\n%s", output.getvalue())
         plans = read_json(preprocessed / dataset.name / f"{plans_name}.json")
     _drop_cascade(plans)
     _require_patches(plans, gpu_memory_target)
+    if protocol is not None:
+        _add_literature_configuration(plans, planning, protocol)
     return plans
+
+
+def _add_literature_configuration(plans: dict[str, Any], planning: LGSSLPlanningMixin, protocol: Protocol) -> None:
+    """Add 3d_fullres with the published patch and batch size; both use the same preprocessed cases."""
+    fullres = plans["configurations"].get("3d_fullres")
+    if protocol.patch_size is None or fullres is None:
+        reason = "publications do not agree on a patch size" if fullres else "the plans have no 3d_fullres"
+        logger.info("%s: no configuration %s, because %s.", protocol.name, LITERATURE_CONFIGURATION, reason)
+        return
+    in_array_order = protocol.patch_size[::-1]  # publications count x, y, z; arrays are z, y, x before nnU-Net's turn
+    patch_size = [in_array_order[axis] for axis in plans["transpose_forward"]]
+    literature = planning.with_patch_size(fullres, patch_size)
+    literature["batch_size"] = protocol.batch_size or fullres["batch_size"]
+    plans["configurations"][LITERATURE_CONFIGURATION] = literature
+
+
+def _topology(
+    spacing: Sequence[float], patch_size: Sequence[int], min_edge_length: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return strides and kernel sizes of nnU-Net's network for a patch, as deep as the patch goes without padding."""
+    pooling = _UNLIMITED_POOLING
+    while True:
+        pools, strides, kernels, padded, _ = get_pool_and_conv_props(spacing, patch_size, min_edge_length, pooling)
+        if [int(length) for length in padded] == list(patch_size):
+            return [list(stride) for stride in strides], [list(kernel) for kernel in kernels]
+        pooling = max(pools) - 1
 
 
 def _staged_dataset_json(dataset: RawDataset) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A draw takes the first N cases of one permutation of the labelled cases. The permutation is the order of
 `sha256("seed:case")`, so draws with one seed are nested (the 4 are among the 8), and a case that is added to the
-dataset or removed from it does not reorder the others.
+dataset or removed from it does not reorder the others. A protocol draws nothing: its list, or its published sets, fix
+the labelled cases.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from lgssl_nnunet.errors import SplitError, UsageError
 from lgssl_nnunet.plans.cases import RawDataset
+from lgssl_nnunet.plans.protocol import Protocol, ProtocolCases, load_protocols, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,56 @@ def choose_budget(
     return Budget(tuple(sorted(dataset.labeled)), 0, "", "all labelled cases")
 
 
+def protocol_budget(cases: ProtocolCases, labeled: int | None = None) -> Budget:
+    """Choose the labelled cases of a run under a protocol.
+
+    Args:
+        cases: the dataset's cases under the protocol.
+        labeled: number of labelled cases; None for all training cases.
+
+    Raises:
+        SplitError: the protocol has no such number of labelled cases, or one of them has no label.
+    """
+    protocol = cases.protocol
+    chosen = cases.train if labeled is None else _published_cases(cases, labeled)
+    without = [name for name in chosen if name not in cases.dataset.labeled]
+    if without:
+        raise SplitError(
+            f"{cases.dataset.name} has no label for {shorten(without)}, which {protocol.name} labels; add the files to "
+            "labelsTr or choose a smaller --labeled."
+        )
+    if labeled is not None and protocol.kind == "literature" and labeled not in protocol.budgets:
+        published = ", ".join(map(str, protocol.budgets)) or "not documented"
+        logger.warning("--labeled %d: published numbers of labelled cases are %s.", labeled, published)
+    number = "" if labeled is None else f"_labeled{labeled}"
+    description = f"{len(chosen)} of the {len(cases.train)} training cases of {protocol.name}"
+    return Budget(tuple(sorted(chosen)), 0, f"{number}_{protocol.name}", description)
+
+
+def _published_cases(cases: ProtocolCases, number: int) -> tuple[str, ...]:
+    """Return the published set of this size or, where sets are the beginnings of the list, its first cases."""
+    protocol, available = cases.protocol, len(cases.train)
+    if protocol.labeled:
+        return _published_set(protocol, number)
+    if number < 1:
+        raise SplitError(f"--labeled {number}: at least one labelled case is needed.")
+    if number > available:
+        raise SplitError(
+            f"--labeled {number}: {protocol.name} has only {available} training cases; ask for at most {available}."
+        )
+    return cases.train[:number]
+
+
+def _published_set(protocol: Protocol, number: int) -> tuple[str, ...]:
+    if number not in protocol.labeled:
+        raise SplitError(
+            f"--labeled {number}: the labelled sets of {protocol.name} are published for "
+            f"{', '.join(map(str, protocol.labeled))} cases and not nested; give one of these numbers, or leave "
+            "--labeled out to use all."
+        )
+    return protocol.labeled[number]
+
+
 def _draw(dataset: RawDataset, number: int, seed: int) -> Budget:
     available = len(dataset.labeled)
     if number < 1:
@@ -102,4 +154,6 @@ def _listed(dataset: RawDataset, path: Path) -> Budget:
     stem = re.sub(r"[^A-Za-z0-9-]+", "-", path.stem).strip("-") or "list"
     if re.fullmatch(r"labeled\d+(-s\d+)?", stem):
         raise UsageError(f"--labeled_list {path}: plans named {stem} are those of --labeled; rename the file.")
+    if stem in load_protocols():
+        raise UsageError(f"--labeled_list {path}: plans named {stem} are those of --protocol; rename the file.")
     return Budget(tuple(sorted(listed)), 0, f"_{stem}", f"{len(listed)} labelled cases listed in {path.name}")

@@ -154,6 +154,9 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{PLANNER}.get_plans_for_configuration": (f"{CPU_PLANNER}.get_plans_for_configuration",),
     f"{PLANNER}.plan_experiment": (MAKE_PLANS, "plans/planner.py: _staged_dataset_json"),
     f"{PLANNER}.save_plans": (MAKE_PLANS,),
+    "nnunetv2/experiment_planning/experiment_planners/network_topology.py: get_pool_and_conv_props": (
+        "plans/planner.py: _topology",
+    ),
     f"{RESENC}: ResEncUNetPlanner.__init__": ("plans/planner.py: LGSSLPlannerResEncM",),
     f"{RESENC}: ResEncUNetPlanner.generate_data_identifier": (f"{MIXIN}.generate_data_identifier",),
     f"{RESENC}: ResEncUNetPlanner.get_plans_for_configuration": (f"{MIXIN}.static_estimate_VRAM_usage",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,11 +25,18 @@ from tqdm import tqdm
 from lgssl_nnunet.data.batches import SeededBatches, start_workers
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
+from lgssl_nnunet.dataset_conversion.twins import without_twins
 from lgssl_nnunet.engine import hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
 from lgssl_nnunet.engine.logs import TermLog
-from lgssl_nnunet.engine.precision import move_network, preferred_memory_format, to_float, training_autocast
+from lgssl_nnunet.engine.precision import (
+    move_network,
+    preferred_memory_format,
+    to_float,
+    training_autocast,
+    training_precision,
+)
 from lgssl_nnunet.engine.schedules import CosineSchedule, sigmoid_rampup
 from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
 from lgssl_nnunet.engine.teacher import EMATeacher
@@ -182,6 +190,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.unlabeled_batch_size = self.unlabeled_batch_size or self.batch_size
         self.num_dimensions = len(self.configuration_manager.patch_size)
         move_network(self.plain_network, self.device, self.num_dimensions)
+        strides = self.configuration_manager.network_arch_init_kwargs["strides"]
+        self.precision = training_precision(self.device, self.configuration_manager.patch_size, strides)
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.teacher_decay is not None:
@@ -191,6 +201,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"A step of {type(self).__name__} needs about {self.memory_factor:.1f} times the memory that the plans "
                 "were sized for; plan with a smaller -gpu_memory_target if it does not fit."
             )
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context in which a training step computes."""
+        return training_autocast(self.device, self.precision)
 
     @property
     def plain_network(self) -> nn.Module:
@@ -224,13 +238,21 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return training and validation cases out of the labelled cases of the plans.
 
         `all` trains on every labelled case and validates on the same; folds 0 to 4 are nnU-Net's five-fold split inside
-        the labelled cases.
+        the labelled cases, without training on twins of the validation cases.
         """
         labeled = sorted(self.settings["split"]["labeled"])
         if self.fold == "all":
-            return labeled, list(self.settings["split"]["validation"] or labeled)
+            return labeled, labeled
         fold = generate_crossval_split(labeled, seed=12345, n_splits=5)[int(self.fold)]
-        return list(fold["train"]), list(fold["val"])
+        validation = list(fold["val"])
+        return without_twins(list(fold["train"]), validation, self.settings.get("twins", [])), validation
+
+    def unlabeled_cases(self) -> list[str]:
+        """Return the unlabelled cases of the plans, without twins of this fold's validation cases."""
+        cases = sorted(self.settings["split"]["unlabeled"])
+        if self.fold == "all":
+            return cases
+        return without_twins(cases, self.do_split()[1], self.settings.get("twins", []))
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
         """Restrict nnU-Net's mirroring to the axes that the plans allow (left and right must stay apart)."""
@@ -290,9 +312,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _unlabeled_loader(self, initial_patch_size: Any, transforms: Any) -> UnlabeledLoader:
         return UnlabeledLoader(
-            UnlabeledDataset(
-                f"{self.preprocessed_dataset_folder}_unlabeled", sorted(self.settings["split"]["unlabeled"])
-            ),
+            UnlabeledDataset(f"{self.preprocessed_dataset_folder}_unlabeled", self.unlabeled_cases()),
             self.unlabeled_batch_size,
             initial_patch_size,
             self.configuration_manager.patch_size,
@@ -319,6 +339,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self.print_plans()
         self.print_to_log_file(f"Hyper-parameters: {self.hp}")
+        self.print_to_log_file(f"Convolutions are computed in {str(self.precision).removeprefix('torch.')}.")
         empty_cache(self.device)
         if self.local_rank == 0:
             self._write_model_description()
@@ -358,7 +379,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.lr_scheduler.step(self.iteration / self.num_iterations_per_epoch)
         labeled, unlabeled = self.to_batches(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with training_autocast(self.device):
+        with self.autocast():
             terms = self.loss_terms(labeled, unlabeled)
         loss = self.total(terms)
         self._optimize(loss)

@@ -18,6 +18,7 @@ _EXAMPLES = """\
 examples:
   lgssl_plan_and_preprocess -d 501
   lgssl_plan_and_preprocess -d 501 --labeled 8 --seed 1 -c 3d_fullres
+  lgssl_plan_and_preprocess -d 501 --protocol la-literature --labeled 8
   lgssl_plan_and_preprocess -d 501 -pl LGSSLPlannerCPU --labeled 4 -overwrite_target_spacing 1.25 1.25 1.25"""
 
 
@@ -45,6 +46,12 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--labeled_list", metavar="FILE", help="use the labelled cases named in this file, one per line (default: all)"
+    )
+    group.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help="use the training and test cases of this protocol, such as la-literature; --labeled takes the first N of "
+        "its list (names: docs/protocols.md; default: none)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of the draw; its draws are nested (default: 0)")
     group.add_argument(
@@ -146,6 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
         planner=arguments.pl,
         labeled=arguments.labeled,
         labeled_list=arguments.labeled_list,
+        protocol=arguments.protocol,
         seed=arguments.seed,
         prompts=arguments.prompts,
         text_encoder=arguments.text_encoder,

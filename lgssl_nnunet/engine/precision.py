@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,16 +15,40 @@ def cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def training_autocast(device: torch.device) -> AbstractContextManager:
-    """Return the autocast context of a training step on `device`.
+def training_precision(
+    device: torch.device, patch_size: Sequence[int], strides: Sequence[Sequence[int]]
+) -> torch.dtype:
+    """Return the type in which a training step computes convolutions.
 
-    CUDA: float16, as stock nnU-Net (with its gradient scaler). CPU: bfloat16 where the processor has it. MPS: none.
+    CUDA: float16, as stock nnU-Net (with its gradient scaler). CPU: bfloat16 where the processor has it. MPS: float32.
+
+    Args:
+        device: where the network trains.
+        patch_size: of the network's input.
+        strides: of the encoder's stages, one number per axis.
     """
     if device.type == "cuda":
-        return torch.autocast("cuda")
-    if device.type == "cpu" and cpu_has_bf16():
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-    return nullcontext()
+        return torch.float16
+    if device.type == "cpu" and cpu_has_bf16() and not has_maps_of_two_slices(patch_size, strides):
+        return torch.bfloat16
+    return torch.float32
+
+
+def has_maps_of_two_slices(patch_size: Sequence[int], strides: Sequence[Sequence[int]]) -> bool:
+    """Whether a 3D network has feature maps that are exactly two slices deep.
+
+    On those, the weight gradient of a bfloat16 convolution reads memory that nobody has written (torch 2.14.1 on
+    AVX-512: any size within the slices, any number of channels; other depths, 2D and float32 are right).
+    """
+    depths = itertools.accumulate(
+        (stride[0] for stride in strides), lambda depth, by: -(-depth // by), initial=patch_size[0]
+    )
+    return len(patch_size) == 3 and 2 in depths
+
+
+def training_autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Return the context of a training step on `device` in the type of `training_precision`."""
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
 
 
 def preferred_memory_format(device: torch.device, num_dimensions: int) -> torch.memory_format:

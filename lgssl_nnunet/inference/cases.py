@@ -15,8 +15,8 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from lgssl_nnunet.dataset_conversion.volumes import count_stored_not_finite
 from lgssl_nnunet.errors import DatasetError
-from lgssl_nnunet.plans.integrity import count_stored_not_finite
 
 Inputs = str | Path | Sequence[Sequence[str | Path]]
 

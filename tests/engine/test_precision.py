@@ -6,38 +6,78 @@ import pytest
 import torch
 
 from lgssl_nnunet.engine import precision
-from lgssl_nnunet.engine.precision import move_network, preferred_memory_format, to_float, training_autocast
+from lgssl_nnunet.engine.precision import (
+    has_maps_of_two_slices,
+    move_network,
+    preferred_memory_format,
+    to_float,
+    training_autocast,
+    training_precision,
+)
 
-CPU, MPS = torch.device("cpu"), torch.device("mps")
+CPU, MPS, CUDA = torch.device("cpu"), torch.device("mps"), torch.device("cuda")
+HALVED = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
 
 
-def dtype_under_autocast(device: torch.device) -> torch.dtype:
-    with training_autocast(device):
-        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-
-
-def test_a_cpu_trains_in_bfloat16_where_it_has_it(monkeypatch):
+@pytest.fixture
+def native_bf16(monkeypatch):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
-    assert dtype_under_autocast(CPU) == torch.bfloat16
+
+
+def test_a_cpu_trains_in_bfloat16_where_it_has_it(native_bf16):
+    assert training_precision(CPU, (24, 32, 32), HALVED) == torch.bfloat16
+    assert training_precision(CPU, (32, 32), [[1, 1], [2, 2]]) == torch.bfloat16
 
 
 def test_a_cpu_without_bfloat16_is_not_made_to_emulate_it(monkeypatch):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
-    assert dtype_under_autocast(CPU) == torch.float32
+    assert training_precision(CPU, (24, 32, 32), HALVED) == torch.float32
 
 
-def test_mps_trains_in_float32():
-    assert dtype_under_autocast(MPS) == torch.float32
+def test_other_devices_have_a_type_of_their_own(native_bf16):
+    assert training_precision(MPS, (24, 32, 32), HALVED) == torch.float32
+    assert training_precision(CUDA, (8, 32, 32), HALVED) == torch.float16
 
 
-def test_cuda_trains_in_float16_as_stock_nnunet():
-    import warnings
+@pytest.mark.parametrize(
+    ("patch_size", "strides", "expected"),
+    [
+        ((8, 32, 32), HALVED, True),
+        ((7, 32, 32), HALVED, True),
+        ((2, 32, 32), [[1, 1, 1]], True),
+        ((2, 32, 32), [[1, 1, 1], [1, 2, 2]], True),
+        ((4, 24, 24), [[1, 1, 1], [2, 2, 2], [2, 2, 2]], True),
+        ((12, 8, 8), HALVED, False),
+        ((4, 32, 32), [[1, 1, 1], [1, 2, 2]], False),
+        ((1, 32, 32), [[1, 1, 1]], False),
+        ((2, 32), [[1, 1]], False),
+    ],
+)
+def test_maps_of_two_slices_are_found_at_every_stage(patch_size, strides, expected, native_bf16):
+    assert has_maps_of_two_slices(patch_size, strides) is expected
+    assert (training_precision(CPU, patch_size, strides) == torch.float32) is expected
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this machine may have no CUDA
-        context = training_autocast(torch.device("cuda"))
-    assert context.fast_dtype == torch.float16
-    assert context.device == "cuda"
+
+@pytest.mark.skipif(not precision.cpu_has_bf16(), reason="this processor has no bfloat16")
+@pytest.mark.parametrize("depth", [1, 3, 4, 6])
+def test_bfloat16_gradients_read_no_foreign_memory_where_they_are_used(depth):
+    """What `has_maps_of_two_slices` keeps out: at depth 2 the NaN below turn up in the gradient."""
+    convolution = torch.nn.Conv3d(16, 16, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    image = torch.randn(2, 16, depth, 8, 8).to(memory_format=torch.channels_last_3d)
+    for _ in range(10):
+        for size in (300, 1000, 5000, 20_000, 100_000):
+            torch.full((size,), float("nan"))
+        convolution.zero_grad()
+        with training_autocast(CPU, torch.bfloat16):
+            output = convolution(image)
+        output.float().square().mean().backward()
+        assert bool(torch.isfinite(convolution.weight.grad).all())
+
+
+def test_the_context_computes_in_the_type():
+    for dtype in (torch.float32, torch.bfloat16):
+        with training_autocast(CPU, dtype):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 @pytest.mark.parametrize(

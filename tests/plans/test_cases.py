@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lgssl_nnunet.errors import DatasetError, UsageError
-from lgssl_nnunet.plans.cases import load_raw_dataset
+from lgssl_nnunet.plans.cases import held_out_cases, load_raw_dataset
 
 
 def problems_of(dataset: int) -> str:
@@ -18,6 +18,17 @@ def test_labelled_unlabelled_and_test_cases_are_told_apart(raw_dataset):
     assert dataset.test == ("test_00",)
     assert all(case.label is None for case in dataset.unlabeled.values())
     assert not dataset.problems
+
+
+def test_cases_in_images_ts_are_known_by_their_images_alone(raw_dataset):
+    writer = raw_dataset(test=2, channels=2)
+    (writer.folder / "labelsTs").mkdir()
+    (writer.folder / "labelsTs" / "test_00.nii.gz").touch()
+    dataset = load_raw_dataset(901)
+    cases = held_out_cases(dataset.folder, dataset.dataset_json)
+    assert tuple(cases) == dataset.test == ("test_00", "test_01")
+    assert [path.name for path in cases["test_00"].images] == ["test_00_0000.nii.gz", "test_00_0001.nii.gz"]
+    assert all(case.label is None for case in cases.values())
 
 
 @pytest.mark.parametrize("spelling", [901, "901", "Dataset901_Tiny"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import SimpleITK as sitk
 
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.plans import integrity
-from lgssl_nnunet.plans.cases import load_raw_dataset
+from lgssl_nnunet.plans.cases import Case, load_raw_dataset
 from lgssl_nnunet.plans.integrity import check_integrity
 
 
@@ -26,8 +28,19 @@ def voxels(path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def check(**options) -> None:
-    check_integrity(load_raw_dataset(901), progress=False, **options)
+def check(**options) -> list[list[str]]:
+    return check_integrity(load_raw_dataset(901), progress=False, **options)
+
+
+@pytest.fixture
+def files_read(monkeypatch) -> list[str]:
+    """The names of the files that are read from now on, in order."""
+    read = []
+    original = integrity._read
+    monkeypatch.setattr(
+        integrity, "_read", lambda path, *rest, **kw: read.append(path.name) or original(path, *rest, **kw)
+    )
+    return read
 
 
 def test_a_sound_dataset_passes(raw_dataset):
@@ -136,3 +149,129 @@ def test_a_long_list_of_problems_is_cut_and_counted(raw_dataset, monkeypatch):
         writer.image_file(f"lab_{index:02d}").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"and 2 more"):
         check()
+
+
+def test_twins_in_training_are_named_once_and_returned(raw_dataset, caplog):
+    writer = raw_dataset(labeled=3, unlabeled=1)
+    shutil.copy(writer.image_file("lab_00"), writer.image_file("unl_00"))
+    shutil.copy(writer.label_file("lab_01"), writer.label_file("lab_02"))
+    image = voxels(writer.image_file("lab_00"))
+    noise = np.random.default_rng(0).normal(0, 0.1 * image.std(), image.shape)
+    change(writer.image_file("more_00", folder="imagesUn"), array=(2 * (image + noise)).astype(np.float32))
+    pairs = [["lab_00", "more_00"], ["lab_00", "unl_00"], ["lab_01", "lab_02"], ["more_00", "unl_00"]]
+    assert check() == pairs
+    warnings = [record.getMessage() for record in caplog.records if "the same scan" in record.getMessage()]
+    assert len(warnings) == len(pairs)
+    assert "Dataset901_Tiny: lab_00 and more_00 (nearly equal images, correlation 0.99" in warnings[0]
+    assert "lab_00 and unl_00 (equal images)" in warnings[1]
+    assert "lab_01 and lab_02 (equal labels)" in warnings[2]
+
+
+def test_a_dataset_without_twins_has_none(raw_dataset, caplog):
+    raw_dataset(labeled=6, unlabeled=4, in_images_un=3, test=4)
+    assert check() == []
+    assert "same scan" not in caplog.text
+
+
+@pytest.mark.parametrize(("case", "folder"), [("lab_01", "imagesTr"), ("unl_00", "imagesTr"), ("more_00", "imagesUn")])
+def test_a_twin_in_training_of_a_test_case_is_refused(raw_dataset, case, folder):
+    writer = raw_dataset(labeled=2, unlabeled=1, in_images_un=1, test=2)
+    shutil.copy(writer.image_file(case, folder=folder), writer.image_file("test_01", folder="imagesTs"))
+    with pytest.raises(DatasetError) as caught:
+        check()
+    message = str(caught.value)
+    assert "has 1 problem" in message
+    assert f"imagesTs/test_01: is a test or validation case and a twin of the training case {case} (equal im" in message
+    assert "remove one of the two" in message
+    assert "--no_verify" in message
+
+
+def test_a_test_case_may_have_the_name_of_a_training_case(raw_dataset):
+    writer = raw_dataset(labeled=2, test=0)
+    writer.add("lab_01", folder="imagesTs", labeled=False, shape=(20, 20, 20))
+    check()
+    shutil.copy(writer.image_file("lab_00"), writer.image_file("lab_01", folder="imagesTs"))
+    with pytest.raises(DatasetError, match=r"imagesTs/lab_01: is .* twin of the training case lab_00"):
+        check()
+
+
+def test_twins_among_test_cases_alone_are_nobodys_business(raw_dataset):
+    writer = raw_dataset(labeled=2, test=2)
+    shutil.copy(writer.image_file("test_00", folder="imagesTs"), writer.image_file("test_01", folder="imagesTs"))
+    assert check() == []
+
+
+def test_held_out_cases_can_be_given_and_their_labels_stay_closed(raw_dataset):
+    writer = raw_dataset(labeled=3, unlabeled=1, test=1)
+    shutil.copy(writer.image_file("lab_00"), writer.image_file("lab_02"))
+    writer.label_file("lab_02").write_bytes(b"poison")
+    dataset = load_raw_dataset(901)
+    held_out = {"lab_02": dataset.labeled["lab_02"], "gone": Case("gone", (writer.image_file("gone"),))}
+    training = dataset.with_labeled(["lab_00", "lab_01"])
+    training.unlabeled.pop("lab_02")
+    with pytest.raises(DatasetError, match=r"imagesTr/lab_02: is .* twin of the training case lab_00"):
+        check_integrity(training, held_out=held_out, progress=False)
+    assert check_integrity(training, held_out={}, progress=False) == []
+
+
+def test_an_unreadable_test_image_is_a_warning(raw_dataset, caplog):
+    writer = raw_dataset(labeled=2, channels=2, test=2)
+    writer.image_file("test_00", folder="imagesTs").write_bytes(b"poison")
+    change(writer.image_file("test_01", 1, "imagesTs"), array=np.zeros((3, 4, 5), np.float32))
+    assert check() == []
+    assert "imagesTs/test_00_0000.nii.gz: cannot be read" in caplog.text
+    assert "test_01: could not be checked" in caplog.text
+    assert "not known whether it has a twin" in caplog.text
+
+
+def test_labels_of_unlabeled_and_test_cases_are_not_opened_for_prints(raw_dataset, files_read):
+    writer = raw_dataset(labeled=2, unlabeled=1, in_images_un=1, test=1)
+    for folder, case in (("labelsTr", "more_00"), ("labelsTs", "test_00")):
+        (writer.folder / folder).mkdir(exist_ok=True)
+        (writer.folder / folder / f"{case}.nii.gz").write_bytes(b"poison")
+    check_integrity(load_raw_dataset(901).with_labeled(["lab_00"]), progress=False)
+    assert sorted(name for name in files_read if "_0000" not in name) == ["lab_00.nii.gz"]
+
+
+def test_prints_of_unchanged_cases_come_from_the_manifest(raw_dataset, tmp_path, files_read):
+    writer = raw_dataset(labeled=2, unlabeled=1, in_images_un=0, test=1)
+    shutil.copy(writer.image_file("lab_00"), writer.image_file("unl_00"))
+    passed = tmp_path / "passed.json"
+    first = check(passed_file=passed)
+    assert len(files_read) == 6
+    files_read.clear()
+    assert check(passed_file=passed) == first == [["lab_00", "unl_00"]]
+    assert files_read == []
+    shutil.copy(writer.image_file("lab_01"), writer.image_file("test_00", folder="imagesTs"))
+    for _ in range(2):
+        with pytest.raises(DatasetError, match=r"test_00: is .* twin of the training case lab_01"):
+            check(passed_file=passed)
+    assert files_read == ["test_00_0000.nii.gz"]
+
+
+def test_other_budgets_do_not_push_each_other_out_of_the_manifest(raw_dataset, tmp_path, files_read):
+    raw_dataset(labeled=2, unlabeled=0, in_images_un=0, test=0)
+    dataset, passed = load_raw_dataset(901), tmp_path / "passed.json"
+    for _ in range(2):
+        check_integrity(dataset, passed_file=passed, progress=False)
+        check_integrity(dataset.with_labeled(["lab_00"]), passed_file=passed, progress=False)
+    assert len(files_read) == 5
+
+
+@pytest.mark.parametrize(
+    "content", ['{"lab_00": ["key"], "version": ["old"]}', '{"version": 1, "cases": {}}', "[]", "{"]
+)
+def test_a_manifest_of_another_version_is_made_again(raw_dataset, tmp_path, content):
+    raw_dataset(labeled=2)
+    passed = tmp_path / "passed.json"
+    passed.write_text(content)
+    check(passed_file=passed)
+    assert "lab_00" in json.loads(passed.read_text())["cases"]
+
+
+def test_prints_are_the_same_from_worker_processes(raw_dataset, tmp_path):
+    raw_dataset(labeled=2, unlabeled=0, in_images_un=0)
+    manifests = [tmp_path / "here.json", tmp_path / "workers.json"]
+    for manifest, processes in zip(manifests, (0, 1), strict=True):
+        check(passed_file=manifest, num_processes=processes)
+    assert manifests[0].read_text() == manifests[1].read_text()

@@ -26,7 +26,7 @@ def test_the_block_of_the_plans_is_complete(raw_dataset, plan_tiny, caplog):
     file = plan_tiny(labeled=4, seed=3, preprocess=False)
     assert file.name == "LGSSLCPUPlans_labeled4_s3.json"
     block = json.loads(file.read_text())["lgssl"]
-    assert set(block) == {"schema_version", "split", "draw_seed", "schedule", "text", "mirroring_axes"}
+    assert set(block) == {"schema_version", "split", "draw_seed", "schedule", "text", "mirroring_axes", "twins"}
     split = block["split"]
     assert (len(split["labeled"]), len(split["unlabeled"]), split["validation"]) == (4, 5, [])
     assert split["test"] == ["test_00", "test_01"]

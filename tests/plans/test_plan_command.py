@@ -91,6 +91,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path, capsys):
         "planner": "PLANNER",
         "labeled": 3,
         "labeled_list": "LIST",
+        "protocol": "PROTOCOL",
         "seed": 4,
         "prompts": "PROMPTS",
         "text_encoder": "ENCODER",
@@ -108,7 +109,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path, capsys):
         "progress": False,
     }
     words = (
-        "-d 1 Dataset002_B -pl PLANNER --labeled 3 --labeled_list LIST --seed 4 --prompts PROMPTS "
+        "-d 1 Dataset002_B -pl PLANNER --labeled 3 --labeled_list LIST --protocol PROTOCOL --seed 4 --prompts PROMPTS "
         "--text_encoder ENCODER -c 2d 3d_lowres -gpu_memory_target 5.5 -overwrite_target_spacing 1 2 3 "
         "-overwrite_plans_name NAME -preprocessor_name PREPROCESSOR --no_verify --clean --no_pp -np 6 7 -npfp 8 "
         "--verbose --no_pbar"
@@ -124,6 +125,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path, capsys):
         (["-fpe", "Mine"], "-fpe is not supported"),
         (["--no_verify", "--verify_dataset_integrity"], "exclude each other"),
         (["-pl", "LGSSLPlaner"], "did you mean LGSSLPlanner"),
+        (["--protocol", "la-litrature"], "did you mean la-literature"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(raw_dataset, capsys, flags, message):

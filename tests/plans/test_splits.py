@@ -72,3 +72,12 @@ def test_a_missing_list_and_two_ways_of_choosing_are_refused(raw_dataset, tmp_pa
         choose_budget(dataset, labeled_list=tmp_path / "nowhere.txt")
     with pytest.raises(UsageError, match="exclude each other"):
         choose_budget(dataset, labeled=1, labeled_list=tmp_path / "nowhere.txt")
+
+
+def test_a_list_may_not_take_the_plans_name_of_a_draw(raw_dataset, tmp_path):
+    raw_dataset(labeled=2)
+    for name in ("labeled8", "labeled8_s1"):
+        file = tmp_path / f"{name}.txt"
+        file.write_text("lab_00\n")
+        with pytest.raises(UsageError, match="are those of --labeled; rename the file"):
+            choose_budget(load_raw_dataset(901), labeled_list=file)

@@ -20,7 +20,6 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from lgssl_nnunet.data.views import ViewsTransform
 from lgssl_nnunet.engine import precision
-from lgssl_nnunet.engine.precision import training_autocast
 from lgssl_nnunet.engine.seeding import seed_everything
 from lgssl_nnunet.errors import LGSSLError, SplitError, TrainingError, UsageError
 from lgssl_nnunet.plans.planner import GPU_SCHEDULE
@@ -68,7 +67,7 @@ Terms = dict[str, Any]
 def terms_of(trainer: Any, batches: tuple) -> Terms:
     """The terms of a step as `train_step` computes them, with the same dropout each time."""
     seed_everything(0)
-    with training_autocast(trainer.device):
+    with trainer.autocast():
         return trainer.loss_terms(*batches)
 
 

@@ -1,0 +1,177 @@
+"""Reading volumes of published downloads: NIfTI, NRRD and the h5 files of semi-supervised repositories."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+
+from lgssl_nnunet.errors import DatasetError, MissingDependencyError
+
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
+_LABEL_TOLERANCE = 1e-3
+_GZIP_CHUNK = 1 << 22
+
+
+def find_files(folder: Path, *patterns: str) -> list[Path]:
+    """Return the files below a folder whose names fit a pattern, sorted; links to folders are followed."""
+    found, visited = [], {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in visited]
+        visited.update(os.path.realpath(os.path.join(place, name)) for name in folders)
+        found += [Path(place, name) for name in files if any(fnmatch(name, pattern) for pattern in patterns)]
+    return sorted(found)
+
+
+def read_volume(path: Path) -> sitk.Image:
+    """Read a three-dimensional volume; a fourth axis of length 1 is dropped.
+
+    Raises:
+        DatasetError: the file is cut off or unreadable, or holds more than one volume.
+    """
+    try:
+        require_whole_gzip(path)
+        _require_whole_nifti(path)
+        image = sitk.ReadImage(str(path))
+    except (OSError, EOFError, RuntimeError) as error:
+        raise DatasetError(f"{path}: cannot be read ({last_line(error)}); download or copy it again.") from None
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        shape = [*image.GetSize(), image.GetNumberOfComponentsPerPixel()]
+        raise DatasetError(f"{path}: size and channels {shape} are not those of one volume; give single 3D volumes.")
+    return image
+
+
+def require_whole_gzip(path: Path) -> None:
+    """Raise EOFError or OSError if a compressed file is cut off or damaged; ITK would fill the rest with zeros."""
+    if path.suffix != ".gz":
+        return
+    with gzip.open(path) as stream:
+        while stream.read(_GZIP_CHUNK):
+            pass
+
+
+def _require_whole_nifti(path: Path) -> None:
+    """Raise OSError if an uncompressed NIfTI file is shorter than its header says; ITK would fill the rest with 0."""
+    if path.suffix != ".nii":
+        return
+    try:
+        voxels = nib.load(path).dataobj
+    except nib.filebasedimages.ImageFileError as error:
+        raise OSError(str(error)) from None
+    expected = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
+    if path.stat().st_size < expected:
+        raise OSError(f"it ends after {path.stat().st_size} of {expected} bytes")
+
+
+def count_not_finite(path: Path, array: np.ndarray) -> int:
+    """Count the NaN and infinite voxels of a volume that was read from a file."""
+    return count_stored_not_finite(path) or _count(array)
+
+
+def count_stored_not_finite(path: Path) -> int:
+    """Count the NaN and infinite voxels that a NIfTI file stores: ITK turns them into 0 when it reads one."""
+    if not path.name.endswith((".nii", ".nii.gz")):
+        return 0
+    image = nib.load(path)
+    return _count(image.dataobj.get_unscaled()) if image.get_data_dtype().kind == "f" else 0
+
+
+def _count(array: np.ndarray) -> int:
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def read_h5(path: Path, names: Sequence[str] = ("image", "label")) -> list[np.ndarray]:
+    """Read arrays of an h5 file.
+
+    Raises:
+        MissingDependencyError: h5py is not installed.
+        DatasetError: the file is unreadable, lacks one of the arrays, or they differ in shape or are not 3D.
+    """
+    try:
+        import h5py
+    except ImportError:
+        raise MissingDependencyError(
+            f'{path}: reading h5 files needs h5py; install it with: pip install "lgssl_nnunet[h5]"'
+        ) from None
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in names if name not in file]
+            arrays = [] if missing else [np.asarray(file[name]) for name in names]
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read ({last_line(error)}); download or copy it again.") from None
+    if missing:
+        raise DatasetError(f"{path}: has no array {' and '.join(missing)}; give the files as published.")
+    if len({array.shape for array in arrays}) > 1 or arrays[0].ndim != 3:
+        shapes = " and ".join(str(list(array.shape)) for array in arrays)
+        raise DatasetError(f"{path}: the arrays have shapes {shapes}, not one 3D shape; download it again.")
+    return arrays
+
+
+def image_from_xyz(array: np.ndarray, spacing: Sequence[float]) -> sitk.Image:
+    """Return an image of an array (X, Y, Z), with identity direction and origin 0."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    image.SetSpacing([float(length) for length in spacing])
+    return image
+
+
+def label_values(label: sitk.Image, path: Path) -> np.ndarray:
+    """Return the sorted values of a segmentation as integers; the path is for the message.
+
+    Raises:
+        DatasetError: a value is not a whole number, beyond what storing as float explains.
+    """
+    values = np.unique(sitk.GetArrayViewFromImage(label))
+    whole = np.round(values)
+    if not np.isfinite(values).all() or np.abs(values - whole).max() > _LABEL_TOLERANCE:
+        worst = values[np.abs(values - whole).argmax()]
+        raise DatasetError(f"{path}: holds the value {worst:g}, no whole number; give the segmentation as published.")
+    return np.unique(whole.astype(np.int64))
+
+
+def is_integer(image: sitk.Image) -> bool:
+    """Whether the voxels are stored as whole numbers."""
+    return sitk.GetArrayViewFromImage(image).dtype.kind in "iu"
+
+
+def as_uint8(label: sitk.Image) -> sitk.Image:
+    """Return a segmentation rounded to whole numbers, as uint8, in the same geometry."""
+    array = np.round(sitk.GetArrayViewFromImage(label)).astype(np.uint8)
+    result = sitk.GetImageFromArray(array)
+    result.CopyInformation(label)
+    return result
+
+
+def with_spacing(image: sitk.Image, spacing: Sequence[float]) -> sitk.Image:
+    """Return the same voxels with another spacing in mm."""
+    changed = sitk.Image(image)
+    changed.SetSpacing([float(length) for length in spacing])
+    return changed
+
+
+def volume_name(path: Path) -> str:
+    """Return a file's name without the ending of a volume."""
+    for ending in VOLUME_ENDINGS:
+        if path.name.endswith(ending):
+            return path.name.removesuffix(ending)
+    return path.stem
+
+
+def clean_identifier(text: str) -> str:
+    """Return a name that can be a case identifier: letters, digits, point, dash, underscore."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.") or "case"
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of a message: ITK and nibabel put where it happened first and what happened last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
