@@ -419,10 +419,20 @@ def _load_weights(
     folder = Path(run.output_folder)
     checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
     if checkpoint is None:
-        logger.warning("%s holds no checkpoint to continue from: starting a new training.", folder)
+        logger.warning(
+            "%s holds no checkpoint to continue from: starting a new training.%s", folder, _unfinished(folder)
+        )
         return
     logger.info("%s %s", "Continuing from" if continue_training else "Validating", checkpoint)
     run.load_checkpoint(str(checkpoint))
+
+
+def _unfinished(folder: Path) -> str:
+    """Return a sentence on unfinished runs of the same trainer under other options, which may have been meant."""
+    trainer = folder.parent.name.split("__")[0]
+    folds = [file.parent for file in sorted(folder.parent.parent.glob(f"{trainer}__*/fold_*/checkpoint_latest.pth"))]
+    names = [f"{fold.parent.name}/{fold.name}" for fold in folds if not (fold / "checkpoint_final.pth").exists()]
+    return f" Unfinished are {', '.join(names)}; they continue with --c and their own options." if names else ""
 
 
 def _run_training(run: SemiSupervisedTrainer, only_validate: bool) -> None:

@@ -117,7 +117,7 @@ def load_raw_dataset(dataset: int | str) -> RawDataset:
         problem = Problem(f"{folder.name}/{name}", "is in imagesTr and in imagesUn", "remove it from one of the two")
         extra_problems.append(problem)
     everything = dict(sorted({**extra, **cases}.items()))
-    _require_cases(folder, everything)
+    _require_cases(folder, everything, dataset_json["file_ending"])
     problems += extra_problems + _missing_channels(everything, dataset_json)
     _warn_about_num_training(dataset_json, cases, everything)
     _warn_about_labels_without_image(folder, everything, dataset_json)
@@ -177,14 +177,25 @@ def find_reader(dataset_json: dict[str, Any], example_image: Path) -> type[BaseR
     )
 
 
-def _require_cases(folder: Path, cases: Mapping[str, Case]) -> None:
+def _require_cases(folder: Path, cases: Mapping[str, Case], ending: str) -> None:
     if not cases:
-        raise DatasetError(
-            f"{folder}: no image with the ending of dataset.json's file_ending in imagesTr; "
-            "name images CASE_0000 and so on, one file per channel."
-        )
+        raise DatasetError(_no_image(folder, ending))
     if all(case.label is None for case in cases.values()):
         raise DatasetError(f"{folder}: no case has a label file in labelsTr; at least one labelled case is needed.")
+
+
+def _no_image(folder: Path, ending: str) -> str:
+    """Return a sentence for a dataset without images, which names the endings that are there instead."""
+    images = folder / "imagesTr"
+    names = os.listdir(images) if images.is_dir() else []
+    others = sorted({"".join(Path(name).suffixes[-2:]) for name in names if not name.startswith(".")} - {""})
+    found = (
+        f"it holds files ending in {', '.join(others[:3])}: correct file_ending, or" if others else "put images there,"
+    )
+    return (
+        f"{images}: holds no image ending in {ending}, which is dataset.json's file_ending; {found} name images "
+        f"CASE_0000{ending} and so on, one file per channel."
+    )
 
 
 def _warn_about_num_training(

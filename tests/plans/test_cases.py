@@ -124,3 +124,11 @@ def test_a_wrong_num_training_is_mentioned_and_nothing_more(raw_dataset, caplog)
     raw_dataset(labeled=3, unlabeled=1, numTraining=99)
     assert len(load_raw_dataset(901).labeled) == 3
     assert "numTraining 99" in caplog.text
+
+
+def test_images_with_another_ending_are_named(raw_dataset):
+    writer = raw_dataset(labeled=2)
+    writer.content["file_ending"] = ".nii"
+    writer.write_json()
+    with pytest.raises(DatasetError, match=r"holds no image ending in \.nii, .* it holds files ending in \.nii\.gz"):
+        load_raw_dataset(901)

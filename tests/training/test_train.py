@@ -172,7 +172,14 @@ def test_validation_needs_a_finished_training(train_tiny, run_folder):
 def test_continuing_without_a_checkpoint_starts_anew_and_says_so(train_tiny, without_training, caplog):
     train_tiny(continue_training=True)
     assert without_training.trainer.current_epoch == 0
-    assert "holds no checkpoint to continue from: starting a new training" in caplog.text
+    assert "holds no checkpoint to continue from: starting a new training." in caplog.text
+
+
+def test_continuing_with_other_options_names_the_unfinished_run(train_tiny, without_training, run_folder, caplog):
+    other = run_folder.parents[1] / run_folder.parent.name.replace("__3d", "_e9__3d") / run_folder.name
+    existing_run(other, "checkpoint_latest.pth")
+    train_tiny(continue_training=True)
+    assert f"Unfinished are {other.parent.name}/fold_all; they continue with --c and their own options." in caplog.text
 
 
 def test_without_checkpointing_none_is_written(train_tiny):
