@@ -176,10 +176,10 @@ def test_continuing_without_a_checkpoint_starts_anew_and_says_so(train_tiny, wit
 
 
 def test_continuing_with_other_options_names_the_unfinished_run(train_tiny, without_training, run_folder, caplog):
-    other = run_folder.parents[1] / run_folder.parent.name.replace("__3d", "_e9__3d") / run_folder.name
+    other = run_folder.with_name(run_folder.name.replace("__3d", "_e9__3d"))
     existing_run(other, "checkpoint_latest.pth")
     train_tiny(continue_training=True)
-    assert f"Unfinished are {other.parent.name}/fold_all; they continue with --c and their own options." in caplog.text
+    assert f"Unfinished are {other.name}/fold_all; they continue with --c and their own options." in caplog.text
 
 
 def test_without_checkpointing_none_is_written(train_tiny):
