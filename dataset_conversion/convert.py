@@ -112,6 +112,8 @@ def convert(
         DatasetError: the download is not as expected; every problem is listed, and the cases without one are kept.
         LGSSLError: there is not enough space on the disk.
     """
+    if dataset_id is not None and dataset_id < 1:
+        raise UsageError(f"-d {dataset_id}: give a positive number, such as {dataset.number}.")
     download = _existing_folder(download, "-i")
     layout = _with_unlabeled(choose_layout(dataset, download), unlabeled)
     options = PrepareOptions(None if keep_spacing else layout.spacing)
@@ -426,6 +428,7 @@ def _dataset_json(
             "spacing": "from the headers" if spacing is None else f"lost; set to {rounded(spacing)} mm as documented",
             "cases": {part: len(names) for part, names in parts.items()},
             "left_out": dict(layout.left_out),
+            "notes": list(layout.warnings),
             "twins": [str(pair) for pair in twins],
             "changes": {name: record["changes"] for name, record in records.items() if record["changes"]},
             "warnings": {name: record["warnings"] for name, record in records.items() if record["warnings"]},

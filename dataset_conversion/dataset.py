@@ -132,4 +132,4 @@ class ConvertibleDataset:
 
     def folder_name(self, number: int | None = None) -> str:
         """Return the name of the raw dataset's folder, DatasetNNN_NAME."""
-        return f"Dataset{number or self.number:03d}_{self.name}"
+        return f"Dataset{self.number if number is None else number:03d}_{self.name}"

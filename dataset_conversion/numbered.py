@@ -68,7 +68,7 @@ def check_pairs(
     missing = set(official).difference(images, labels)
     if missing:
         warnings.append(
-            f"The download lacks {len(missing)} of {len(official)} training cases: {join(missing, digits)}."
+            f"The download lacks {len(missing)} of {len(official)} training cases: {join_runs(missing, digits)}."
         )
     without_label = set(official).intersection(images).difference(labels)
     if without_label:
@@ -89,6 +89,19 @@ def ignored(others: Collection[Path]) -> list[str]:
 def join(numbers: Iterable[int], digits: int) -> str:
     """Return numbers for a message, in order."""
     return ", ".join(f"{number:0{digits}d}" for number in sorted(numbers))
+
+
+def join_runs(numbers: Iterable[int], digits: int) -> str:
+    """Return numbers for a message, in order; three or more in a row as `3 to 9`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(
+        f"{run[0]:0{digits}d} to {run[-1]:0{digits}d}" if len(run) > 2 else join(run, digits) for run in runs
+    )
 
 
 def _classify(name: str, patterns: Mapping[str, str]) -> tuple[str | None, int]:

@@ -262,6 +262,12 @@ def test_another_layout_does_not_mix_with_the_first(convert, monkeypatch):
         convert()
 
 
+@pytest.mark.parametrize("number", [0, -3])
+def test_an_id_that_is_no_positive_number_is_refused(convert, number):
+    with pytest.raises(UsageError, match=f"-d {number}: give a positive number, such as 601"):
+        convert(dataset_id=number)
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(convert, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(LGSSLError, match=r"0.0 GB are free and about 0.0 GB are needed; make room"):
