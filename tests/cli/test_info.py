@@ -31,7 +31,7 @@ def test_the_command_imports_neither_torch_nor_nnunet(results):
         "status = info.main(['--json'])\n"
         "print([name for name in ('torch', 'nnunetv2') if name in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stderr.strip() == "[]"
     assert json.loads(done.stdout)["versions"]["torch"] is not None
 

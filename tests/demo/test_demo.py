@@ -131,7 +131,7 @@ def test_the_command_passes_what_was_typed_and_prints_the_table(tmp_path, monkey
 def test_a_very_short_demo_runs_to_the_table_and_the_picture(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SHORT_DEMO, str(tmp_path / "demo")],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        capture_output=True, encoding="utf-8", check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert METHOD in done.stdout

@@ -110,5 +110,5 @@ def test_the_package_and_each_help_text_need_neither_torch_nor_nnunet(statement)
         statement = f"from {statement} import build_parser; build_parser().format_help()"
     heavy = "{'torch', 'nnunetv2', 'SimpleITK', 'matplotlib', 'scipy'}"
     check = f"import sys; {statement}; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, encoding="utf-8", check=False)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -36,7 +36,7 @@ def repository_files(root: Path) -> list[Path]:
     """Return the files that git tracks or would track; skip outside a git checkout."""
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=root, capture_output=True, text=True, check=False,
+        cwd=root, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     if listing.returncode != 0:
         pytest.skip("not a git checkout")
@@ -136,7 +136,7 @@ def test_wheel_holds_the_whole_package_and_nothing_generic_at_top_level(root, tm
     shutil.copytree(root, checkout, ignore=shutil.ignore_patterns(*NOT_SOURCE))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     done = subprocess.run(
-        [*command, "--wheel-dir", str(tmp_path), str(checkout)], capture_output=True, text=True, check=False
+        [*command, "--wheel-dir", str(tmp_path), str(checkout)], capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:

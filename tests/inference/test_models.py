@@ -148,4 +148,7 @@ def test_a_wrong_model_folder_is_refused_with_the_right_one(tmp_path):
 
 def test_looking_up_models_imports_no_torch():
     code = "import sys, lgssl_nnunet.inference.models; print('torch' in sys.modules, 'nnunetv2' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8").stdout.split()
+        == ["False"] * 2
+    )

@@ -103,6 +103,6 @@ def test_help_needs_no_torch():
         "with contextlib.suppress(SystemExit): predict.main(['--help'])\n"
         "sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert done.returncode == 0
     assert "examples:" in done.stdout

@@ -26,7 +26,9 @@ def run(command_workspace, tmp_path):
         environment = {**os.environ, **ONE_CPU, **command_workspace.environment}
         environment["nnUNet_extTrainer"] = str(PLUGIN_FOLDER)
         line = [str(COMMANDS / command), *map(str, words)]
-        done = subprocess.run(line, env=environment, cwd=tmp_path, timeout=SECONDS, capture_output=True, text=True)
+        done = subprocess.run(
+            line, env=environment, cwd=tmp_path, timeout=SECONDS, capture_output=True, encoding="utf-8"
+        )
         assert done.returncode == 0, f"{' '.join(line)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout + done.stderr
 
