@@ -35,7 +35,7 @@ VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
 MAKE_PLANS = "plans/planner.py: make_plans"
-SECOND_DECODER = "lgssl_nnunet/networks/two_decoder.py: interpolating_decoder"
+SECOND_DECODER = "lgssl_nnunet/networks.decoders.py: interpolating_decoder"
 NETWORK = "lgssl_nnunet/networks/language_guided.py: LanguageGuidedUNet"
 TRAINING = "lgssl_nnunet/training.py"
 PLUGIN = "lgssl_nnunet/registry.py: find_trainer"
@@ -237,7 +237,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{BLOCKS}/plain_conv_encoder.py: PlainConvEncoder": (SECOND_DECODER, f"{NETWORK}.forward"),
     f"{BLOCKS}/residual_encoders.py: ResidualEncoder": (SECOND_DECODER, f"{NETWORK}.forward"),
     f"{BLOCKS}/simple_conv_blocks.py: ConvDropoutNormReLU.__init__": (
-        "lgssl_nnunet/networks/two_decoder.py: _upsampling_step",
+        "lgssl_nnunet/networks.decoders.py: _upsampling_step",
     ),
     f"{BLOCKS}/helper.py: convert_conv_op_to_dim": (SECOND_DECODER,),
     f"{BLOCKS}/helper.py: convert_dim_to_conv_op": ("lgssl_nnunet/text/adapter.py: AttentionPrompts",),

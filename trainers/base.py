@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn import functional
 from tqdm import tqdm
 
 from lgssl_nnunet.data.batches import SeededBatches, start_workers
@@ -28,7 +29,8 @@ from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_vi
 from lgssl_nnunet.dataset_conversion.twins import without_twins
 from lgssl_nnunet.engine import hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
-from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
+from lgssl_nnunet.engine.labels import annotated, one_hot
 from lgssl_nnunet.engine.logs import TermLog
 from lgssl_nnunet.engine.precision import (
     move_network,
@@ -42,6 +44,7 @@ from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
 from lgssl_nnunet.engine.teacher import EMATeacher
 from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, UsageError
 from lgssl_nnunet.files import write_atomically, write_json
+from lgssl_nnunet.losses.consistency import probabilities
 
 logger = logging.getLogger(__name__)
 
@@ -59,23 +62,23 @@ class NoHyperparameters:
 class SemiSupervisedTrainer(nnUNetTrainer):
     """nnU-Net's trainer for a method that gives its loss as named terms of a labelled and an unlabelled batch.
 
-    A method sets the class attributes below and implements `loss_terms`. Everything else is here: streams and views,
-    device and precision, clipping, the teacher, ramps, logging of every term, checkpoints and resuming. Data, budget,
-    schedule and options come from the plans (`plans["lgssl"]`), never from constructor arguments, which nnU-Net fixes.
+    A method sets the class attributes below and implements `loss_terms`; one that needs more than nnU-Net's network
+    builds it in `set_up`. Everything else is here: streams and views, device and precision, clipping, the teacher,
+    ramps, logging of every term, checkpoints and resuming. Data, budget, schedule and options come from the plans
+    (`plans["lgssl"]`), never from constructor arguments, which nnU-Net fixes.
 
     Attributes:
-        hyperparameters: default values of the method, a frozen dataclass; `self.hp` holds them with overrides.
+        hyperparameters: default values of the method, a frozen dataclass; `self.hp` holds them with overrides. With a
+            field `teacher_decay` the method has an EMA teacher of that decay, `self.teacher`.
         views: the views of an unlabelled patch that the method needs, out of "weak" and "strong"; empty for a method
             that does not use unlabelled cases.
         pairs_batches: whether the method needs as many unlabelled as labelled patches in a step.
-        teacher_decay: decay of an EMA teacher (`self.teacher`); None for no teacher.
         memory_factor: memory of a step relative to LGSSLTrainer's, for which the planner sizes patch and batch.
     """
 
     hyperparameters: ClassVar[Any] = NoHyperparameters()
     views: ClassVar[tuple[str, ...]] = ("weak",)
     pairs_batches: ClassVar[bool] = False
-    teacher_decay: ClassVar[float | None] = None
     memory_factor: ClassVar[float] = 1.0
 
     def __init__(
@@ -104,6 +107,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.unlabeled_batch_size = training.get("unlabeled_batch_size")
         self.iteration = 0
         self.teacher: EMATeacher | None = None
+        self.parts: dict[str, Any] = {}
         self.term_log = TermLog()
         self.show_progress: bool | None = None
         self._progress_bar: tqdm | None = None
@@ -113,6 +117,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, Term]:
         """Return the loss of a step as named terms; runs under the device's autocast."""
         raise NotImplementedError
+
+    def set_up(self) -> None:
+        """Build what the method needs beside `self.network`, by `add_network` and `keep`; called once, seeded."""
 
     def optimizer_groups(self) -> Iterable[dict[str, Any]]:
         """Return the optimiser's parameter groups; by default everything trainable in the network."""
@@ -131,6 +138,71 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def ramp(self, fraction: float = 1.0) -> float:
         """Return the sigmoid ramp-up that reaches 1 after `fraction` of the run."""
         return sigmoid_rampup(self.iteration, fraction * self.num_iterations)
+
+    def add_network(self, name: str, network: nn.Module, trained: bool = True) -> nn.Module:
+        """Take a further network along: on the device, in the checkpoint under its name.
+
+        Args:
+            name: its key in the checkpoint.
+            network: a network in training mode, and left in it.
+            trained: whether the optimiser of the prediction network steps it too. Its gradients are clipped by
+                themselves, so that neither network shortens the step of the other.
+
+        Raises:
+            UsageError: several processes train; nothing would average the gradients of this network.
+        """
+        if self.is_ddp:
+            raise UsageError(f"{type(self).__name__} trains several networks and works on one GPU only: use one.")
+        move_network(network, self.device, self.num_dimensions)
+        if trained:
+            self.optimizer.add_param_group({"params": [p for p in network.parameters() if p.requires_grad]})
+        return self.keep(name, network)
+
+    def another_network(self) -> nn.Module:
+        """Return a network like `self.network` with an initialisation of its own."""
+        return self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        )
+
+    def keep(self, name: str, part: Any) -> Any:
+        """Put a part of the method (with `state_dict` and `load_state_dict`) into the checkpoint; return it."""
+        if name in self._stateful_parts():
+            raise ValueError(f"there is a part called {name!r} already")
+        self.parts[name] = part
+        return part
+
+    def probabilities(self, outputs: Tensor | list[Tensor]) -> Tensor:
+        """Return probabilities (B, C, *S) of the finest logits, fp32: softmax, or sigmoid for regions."""
+        return probabilities(finest(outputs), self.label_manager.has_regions)
+
+    def one_hot(self, target: Tensor | list[Tensor]) -> Tensor:
+        """Return the finest target as (B, C, *S) in 0 and 1, all 0 where it is to be ignored."""
+        return one_hot(finest(target), self.label_manager)
+
+    def annotated(self, target: Tensor | list[Tensor]) -> Tensor:
+        """Return (B, 1, *S), where the finest target is not the ignore label."""
+        return annotated(finest(target), self.label_manager)
+
+    def at_every_scale(self, loss: Callable[..., Tensor], outputs: Tensor | list[Tensor], *maps: Tensor) -> Tensor:
+        """Return the sum of `loss(logits, *maps)` over scales with nnU-Net's deep-supervision weights.
+
+        Args:
+            loss: function of logits (B, C, *S_k) and the maps at that resolution.
+            outputs: logits per scale, finest first; a single tensor without deep supervision.
+            *maps: (B, N, *S) at full resolution, such as labels and weights; each scale gets the nearest voxels.
+        """
+        if isinstance(outputs, Tensor):
+            return loss(outputs, *maps)
+        losses = []
+        for weight, logits in zip(self.loss.weight_factors, outputs, strict=True):
+            if weight:
+                nearest = [functional.interpolate(m.float(), logits.shape[2:], mode="nearest-exact") for m in maps]
+                losses.append(weight * loss(logits, *nearest))
+        return torch.stack(losses).sum()
 
     def supervised_loss(self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
         """Return nnU-Net's Dice and cross-entropy loss with its deep-supervision weights, in float32.
@@ -194,8 +266,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.precision = training_precision(self.device, self.configuration_manager.patch_size, strides)
         if self.device.type == "cpu":
             keep_freed_memory()
-        if self.teacher_decay is not None:
-            self.teacher = EMATeacher(self.plain_network, self.teacher_decay)
+        if hasattr(self.hp, "teacher_decay"):
+            self.teacher = EMATeacher(self.plain_network, self.hp.teacher_decay)
+        self.set_up()
         if self.memory_factor > 1:
             self.print_to_log_file(
                 f"A step of {type(self).__name__} needs about {self.memory_factor:.1f} times the memory that the plans "
@@ -428,22 +501,29 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def _optimize(self, loss: Tensor) -> None:
         scaler = self.grad_scaler
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if scaler is not None:
             scaler.scale(loss).backward()
             scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
+            self._clip_gradients()
             scaler.step(self.optimizer)
             scaler.update()
             return
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
+        norm = self._clip_gradients()
         if not bool(torch.isfinite(norm)):
             raise TrainingError(
                 f"The gradient became {float(norm)} at iteration {self.iteration} although the loss is finite: "
                 "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
             )
         self.optimizer.step()
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip each parameter group by itself and return the largest norm that was found."""
+        norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], GRADIENT_NORM_LIMIT)
+            for group in self.optimizer.param_groups
+        ]
+        return torch.stack(norms).max()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log every term beside nnU-Net's loss."""
@@ -508,4 +588,4 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
     def _stateful_parts(self) -> dict[str, Any]:
-        return {"teacher": self.teacher} if self.teacher is not None else {}
+        return self.parts | ({"teacher": self.teacher} if self.teacher is not None else {})

@@ -38,6 +38,11 @@ class UnlabeledBatch:
     keys: tuple[str, ...]
 
 
+def finest(scales: Tensor | list[Tensor]) -> Tensor:
+    """Return the full resolution of what a network or a loader gives with deep supervision, or without."""
+    return scales if isinstance(scales, Tensor) else scales[0]
+
+
 @dataclass(frozen=True)
 class Term:
     """One named part of the loss.

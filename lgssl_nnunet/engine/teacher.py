@@ -12,7 +12,7 @@ from lgssl_nnunet.engine.schedules import ema_decay
 
 
 class EMATeacher:
-    """Frozen average of a student network, in evaluation mode.
+    """Frozen average of a student network, in evaluation mode (InstanceNorm is the same in both modes).
 
     Source: Tarvainen and Valpola, 2017; methods.md sections 1.1 and 12. The first update copies the student. Averages
     parameters, each once (nnU-Net's networks list shared tensors under several names), and copies buffers.
@@ -39,9 +39,17 @@ class EMATeacher:
         self.averaged.update_parameters(student)
 
     @torch.no_grad()
-    def __call__(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Return the teacher's logits for `image` (B, M, *S), without gradient."""
-        return self.averaged(image)
+    def __call__(self, image: Tensor, dropout: bool = False) -> Tensor | list[Tensor]:
+        """Return the teacher's logits for `image` (B, M, *S), without gradient.
+
+        Args:
+            image: (B, M, *S).
+            dropout: draw the network's dropout, for a Monte-Carlo pass.
+        """
+        self.averaged.train(dropout)
+        logits = self.averaged(image)
+        self.averaged.eval()
+        return logits
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights and update count."""

@@ -6,14 +6,13 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 from lgssl_nnunet.errors import PlansError, UsageError
+from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_decoder
 from lgssl_nnunet.networks.tvsf import TextVisionSelectionFusion
-from lgssl_nnunet.networks.two_decoder import interpolating_decoder
+from lgssl_nnunet.networks.unet import Logits, planned_unet
 from lgssl_nnunet.text.adapter import AttentionPrompts, FixedVolumePrompts, prompt_embeddings
 
 if TYPE_CHECKING:
@@ -21,12 +20,9 @@ if TYPE_CHECKING:
 
 PROMPT_MODES = ("fixed_volume", "attention", "none")
 PREDICTIONS = ("first", "mean")
-DROPOUTS = {2: nn.Dropout2d, 3: nn.Dropout3d}
-
-Logits = torch.Tensor | list[torch.Tensor]
 
 
-class LanguageGuidedUNet(nn.Module):
+class LanguageGuidedUNet(MultiDecoderUNet):
     """One encoder, two decoders that upsample differently, and optionally prompts fused in at the bottleneck.
 
     Encoder and first decoder are those of the plans' network and keep their keys (`encoder.*`, `decoder.*`), so a stock
@@ -52,16 +48,12 @@ class LanguageGuidedUNet(nn.Module):
         dropout: float = 0.0,
         prediction: str = "first",
     ) -> None:
-        super().__init__()
+        super().__init__(network, [second_decoder], dropout)
         if (prompts is None) != (fusion is None):
             raise ValueError("prompts and fusion belong together: give both or neither.")
-        self.encoder = network.encoder
-        self.decoder = network.decoder
-        self.second_decoder = second_decoder
         self.prompts = prompts
         self.fusion = fusion
         self.prediction = prediction
-        self.dropout = DROPOUTS[convert_conv_op_to_dim(self.encoder.conv_op)](dropout)
 
     def forward(self, x: torch.Tensor, labeled_rows: int | None = None) -> Logits | tuple[Logits, Logits]:
         """Predict, or run both decoders for a training step.
@@ -79,20 +71,12 @@ class LanguageGuidedUNet(nn.Module):
         if self.fusion is not None:
             fused, _ = self.fusion(skips[-1], self.prompts(skips[-1], labeled_rows))
             skips = [*skips[:-1], fused]
-        first = self.decoder(self._perturb(skips))
+        first = self.decoder(self.perturb(skips))
         if labeled_rows is None and self.prediction == "first":
             return first
-        second = self.second_decoder(self._perturb(skips))
+        (second_decoder,) = self.further_decoders
+        second = second_decoder(self.perturb(skips))
         return _mean(first, second) if labeled_rows is None else (first, second)
-
-    def _perturb(self, skips: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Draw dropout on the bottleneck anew, leaving the other skips alone."""
-        return [*skips[:-1], self.dropout(skips[-1])]
-
-    def set_deep_supervision(self, enabled: bool) -> None:
-        """Switch deep supervision of both decoders."""
-        self.decoder.deep_supervision = enabled
-        self.second_decoder.deep_supervision = enabled
 
     @torch.no_grad()
     def selection(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,20 +138,7 @@ def build_language_guided_unet(
     """
     if prompt_mode not in PROMPT_MODES:
         raise UsageError(f"prompt_mode {prompt_mode!r} is unknown; choose one of {', '.join(PROMPT_MODES)}.")
-    network = get_network_from_plans(
-        configuration_manager.network_arch_class_name,
-        configuration_manager.network_arch_init_kwargs,
-        configuration_manager.network_arch_init_kwargs_req_import,
-        num_input_channels,
-        num_output_channels,
-        allow_init=True,
-        deep_supervision=enable_deep_supervision,
-    )
-    if not isinstance(getattr(network, "decoder", None), UNetDecoder):
-        name = configuration_manager.network_arch_class_name
-        raise PlansError(
-            f"The plans' network {name} is no U-Net with an nnU-Net decoder; plan with a default or ResEnc planner."
-        )
+    network = planned_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
     convolutions = [len(stage.convs) for stage in network.decoder.stages]
     second_decoder = interpolating_decoder(
         network.encoder, num_output_channels, convolutions, enable_deep_supervision, faithful=faithful_decoder

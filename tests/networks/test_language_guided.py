@@ -116,7 +116,7 @@ def test_prompts_learn_from_labelled_rows_only_and_the_rest_from_all(build, conf
     by_unlabelled, by_labelled = trained_by(slice(1, 3)), trained_by(slice(0, 1))
     assert not by_unlabelled & prompt_feature
     assert by_labelled == by_unlabelled | prompt_feature
-    for part in ("encoder.", "decoder.", "second_decoder.", "fusion.shared", "fusion.select", "fusion.merge"):
+    for part in ("encoder.", "decoder.", "further_decoders.0.", "fusion.shared", "fusion.select", "fusion.merge"):
         assert any(name.startswith(part) for name in by_unlabelled), part
 
 
@@ -139,7 +139,7 @@ def test_permuting_the_classes_permutes_the_prediction(build, configuration_3d, 
     network, x, order = open_gate(build(configuration_3d, prompt_mode=mode)), images(configuration_3d), [2, 0, 1]
     permuted = copy.deepcopy(network)
     with torch.no_grad():
-        for decoder in (permuted.decoder, permuted.second_decoder):
+        for decoder in (permuted.decoder, permuted.further_decoders[0]):
             for head in decoder.seg_layers:
                 head.weight.copy_(head.weight[order])
                 head.bias.copy_(head.bias[order])
@@ -187,8 +187,8 @@ def test_keys_are_the_stock_networks_plus_its_own_and_no_parameter_twice(build, 
     network, stock = build(configuration_manager), set(stock_network(configuration_manager, 2).state_dict())
     added = {name.split(".")[0] for name in set(network.state_dict()) - stock}
     assert stock <= set(network.state_dict())
-    assert added == {"second_decoder", "prompts", "fusion"}
-    assert not any(name.startswith("second_decoder.encoder") for name in network.state_dict())
+    assert added == {"further_decoders", "prompts", "fusion"}
+    assert not any(name.startswith("further_decoders.0.encoder") for name in network.state_dict())
     parameters = list(network.parameters())
     assert len({id(parameter) for parameter in parameters}) == len(parameters)
 
@@ -204,7 +204,7 @@ def test_every_parameter_is_trained(build, configuration_3d, mode):
 def test_dropout_is_drawn_for_each_decoder_and_only_in_training(build, configuration_3d):
     network, x = build(configuration_3d, dropout=0.5), images(configuration_3d)
     seen = []
-    for decoder in (network.decoder, network.second_decoder):
+    for decoder in (network.decoder, network.further_decoders[0]):
         decoder.register_forward_pre_hook(lambda _, skips: seen.append(skips[0]))
     network.train()(x, labeled_rows=1)
     first, second = (skips[-1].flatten(2).abs().sum(2) == 0 for skips in seen)

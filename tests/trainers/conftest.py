@@ -20,9 +20,11 @@ class ExampleHyperparameters:
 
     Attributes:
         weight: weight of the consistency after the ramp.
+        teacher_decay: decay of the teacher.
     """
 
     weight: float = 1.0
+    teacher_decay: float = 0.9
 
 
 class ExampleTeacherTrainer(SemiSupervisedTrainer):
@@ -30,7 +32,6 @@ class ExampleTeacherTrainer(SemiSupervisedTrainer):
 
     hyperparameters = ExampleHyperparameters()
     views = ("weak", "strong")
-    teacher_decay = 0.9
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
         supervised = self.supervised_loss(self.network(labeled.image), labeled.target)

@@ -152,7 +152,7 @@ def test_the_supervised_term_trains_both_decoders(start):
     trainer = start()
     found = gradients(trainer, terms(trainer)["supervised"].value)
     parts = {name.split(".")[0] for name in found}
-    assert {"encoder", "decoder", "second_decoder", "fusion", "prompts"} <= parts
+    assert {"encoder", "decoder", "further_decoders", "fusion", "prompts"} <= parts
 
 
 @pytest.mark.parametrize("mode", ["attention", "fixed_volume", "none"])

@@ -31,7 +31,7 @@ EXAMPLE = "ExampleTeacherTrainer"
 GRID = [*TRAINERS, EXAMPLE]
 WITH_UNLABELED = [*(name for name in TRAINERS if find_trainer(name).views), EXAMPLE]
 WITHOUT_UNLABELED = [name for name in GRID if name not in WITH_UNLABELED]
-WITH_TEACHER = [*(name for name in TRAINERS if find_trainer(name).teacher_decay is not None), EXAMPLE]
+WITH_TEACHER = [*(name for name in TRAINERS if hasattr(find_trainer(name).hyperparameters, "teacher_decay")), EXAMPLE]
 
 
 def thin_patches(plans: dict[str, Any]) -> None:
@@ -601,7 +601,7 @@ def test_a_model_of_regions_writes_label_values(name, build, tiny_dataset, tmp_p
     trainer.run_training()
     file = Path(trainer.output_folder) / "checkpoint_final.pth"
     content = torch.load(file, weights_only=False)
-    for decoder in ("decoder", "second_decoder"):  # so that a network of two steps finds regions that overlap
+    for decoder in ("decoder", "further_decoders.0"):  # so that a network of two steps finds regions that overlap
         weight = content["network_weights"].get(
             f"{decoder}.seg_layers.{len(trainer.network.decoder.stages) - 1}.weight"
         )

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lgssl_nnunet.networks.two_decoder import interpolating_decoder
+from lgssl_nnunet.networks.decoders import interpolating_decoder
 
 
 @pytest.mark.parametrize("faithful", [False, True])

@@ -1,0 +1,50 @@
+"""How uncertain a prediction is, per voxel. Everything computes in fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_EPSILON = 1e-6
+
+
+def entropy(p: Tensor, has_regions: bool) -> Tensor:
+    """Return the entropy of probabilities in nats.
+
+    Args:
+        p: probabilities (B, C, *S).
+        has_regions: channels are regions, each with an entropy of its own.
+
+    Returns:
+        (B, 1, *S) for classes, (B, C, *S) for regions.
+
+    Source: methods.md 1.1 and R10.
+    """
+    p = p.float()
+    if has_regions:
+        return -(p * torch.log(p + _EPSILON) + (1 - p) * torch.log(1 - p + _EPSILON))
+    return -(p * torch.log(p + _EPSILON)).sum(dim=1, keepdim=True)
+
+
+def maximal_entropy(num_channels: int, has_regions: bool) -> float:
+    """Return the entropy of a uniform prediction: ln C for classes, ln 2 for a region."""
+    return math.log(2 if has_regions else num_channels)
+
+
+def mean_of_passes(predict: Callable[[], Tensor], passes: int) -> Tensor:
+    """Return the mean of `passes` stochastic predictions, without gradient and without keeping them all.
+
+    Args:
+        predict: returns probabilities (B, C, *S), drawn anew at each call.
+        passes: their number T, at least 1.
+
+    Source: Monte-Carlo dropout in UA-MT (2019); methods.md section 3.
+    """
+    with torch.no_grad():
+        total = predict()
+        for _ in range(passes - 1):
+            total = total + predict()
+        return total / passes
