@@ -96,7 +96,7 @@ def train(
     _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
     if num_gpus > 1:
-        _check_trainer(trainer_class, used_plans, configuration, fold)
+        _check_trainer(trainer_class, used_plans, configuration, fold, dataset_folder)
         _write_plans(dataset_folder, used_plans, base_plans)
         _train_distributed(
             dataset_folder.name,
@@ -327,10 +327,13 @@ def _changed_hyperparameters(
     return {name: getattr(chosen, name) for name in values if getattr(chosen, name) != getattr(planned, name)}
 
 
-def _check_trainer(trainer_class: type, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+def _check_trainer(
+    trainer_class: type, plans: dict[str, Any], configuration: str, fold: int | str, dataset_folder: Path
+) -> None:
     """Let the method refuse the run before processes are started, where a refusal would be a traceback."""
     if "lgssl" in plans:
-        trainer_class.check_request(plans, configuration, fold)
+        dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+        trainer_class.check_request(plans, configuration, fold, dataset_json)
 
 
 def _write_plans(dataset_folder: Path, plans: dict[str, Any], base_plans: dict[str, Any]) -> None:

@@ -74,12 +74,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             that does not use unlabelled cases.
         pairs_batches: whether the method needs as many unlabelled as labelled patches in a step.
         memory_factor: memory of a step relative to LGSSLTrainer's, for which the planner sizes patch and batch.
+        supports_regions: whether the method trains region-based labels; if not, they are refused.
     """
 
     hyperparameters: ClassVar[Any] = NoHyperparameters()
     views: ClassVar[tuple[str, ...]] = ("weak",)
     pairs_batches: ClassVar[bool] = False
     memory_factor: ClassVar[float] = 1.0
+    supports_regions: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         # Before nnU-Net's own initialisation, which makes the output folder.
         self.hp = hyperparameters.resolve(self.hyperparameters, plans, type(self).__name__)
-        self.check_request(plans, configuration, fold)
+        self.check_request(plans, configuration, fold, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         if not self.is_ddp:
             self.device = device  # nnU-Net replaces every GPU by the first one
@@ -232,9 +234,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.save_every = max(1, self.num_epochs // 20)
 
     @classmethod
-    def check_request(cls, plans: dict[str, Any], configuration: str, fold: int | str) -> None:
+    def check_request(
+        cls, plans: dict[str, Any], configuration: str, fold: int | str, dataset_json: dict[str, Any]
+    ) -> None:
         """Refuse, in a sentence and before anything is written, what the method cannot train."""
         name, split, plans_name = cls.__name__, plans["lgssl"]["split"], plans["plans_name"]
+        if not cls.supports_regions and PlansManager(plans).get_label_manager(dataset_json).has_regions:
+            raise UsageError(
+                f"{name} needs one class per voxel, and the labels in dataset.json are overlapping regions: choose "
+                "another trainer, for example LGSSLTrainer, or define classes that exclude each other."
+            )
         planned = PlansManager(plans).get_configuration(configuration)
         if planned.previous_stage_name is not None:
             raise PlansError(f"{configuration} is a cascade, which {name} cannot train: use 3d_fullres.")
