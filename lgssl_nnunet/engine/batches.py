@@ -43,6 +43,11 @@ def finest(scales: Tensor | list[Tensor]) -> Tensor:
     return scales if isinstance(scales, Tensor) else scales[0]
 
 
+def rows(scales: Tensor | list[Tensor], which: slice) -> Tensor | list[Tensor]:
+    """Return some patches of what a network gives for a batch (B, C, *S), at every scale."""
+    return scales[which] if isinstance(scales, Tensor) else [scale[which] for scale in scales]
+
+
 @dataclass(frozen=True)
 class Term:
     """One named part of the loss.

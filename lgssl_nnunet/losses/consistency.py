@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
+
+from lgssl_nnunet.losses.pseudo_labels import sharpened
 
 
 def probabilities(logits: torch.Tensor, has_regions: bool) -> torch.Tensor:
@@ -57,6 +62,27 @@ def agreement(q1: torch.Tensor, q2: torch.Tensor, mask: torch.Tensor | None = No
     if q1.shape != q2.shape:
         raise ValueError(f"The two predictions differ in shape: {tuple(q1.shape)} and {tuple(q2.shape)}.")
     return masked_mean((q1.float() - q2.float()).square(), mask)
+
+
+def mutual_consistency(
+    logits: Sequence[torch.Tensor], temperature: float, has_regions: bool, stop_gradient: bool = True
+) -> torch.Tensor:
+    """Mean squared difference of each prediction to each other's sharpened one, summed over ordered pairs.
+
+    Not 0 where predictions agree, unless they are certain: it also drives them away from 0.5.
+
+    Args:
+        logits: one `(B, C, X, Y, Z)` (or 2D) per decoder.
+        temperature: of the sharpening.
+        has_regions: channels are regions.
+        stop_gradient: no gradient to the sharpened predictions (the released code lets it through).
+
+    Source: L_con of MC-Net+ (2022), methods.md section 4.
+    """
+    predicted = [probabilities(z, has_regions) for z in logits]
+    targets = [sharpened(z, temperature, has_regions, stop_gradient) for z in logits]
+    pairs = itertools.permutations(range(len(logits)), 2)
+    return torch.stack([agreement(predicted[i], targets[j]) for i, j in pairs]).sum()
 
 
 def difference_agreement(

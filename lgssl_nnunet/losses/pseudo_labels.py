@@ -28,8 +28,8 @@ def confidence(p: Tensor, has_regions: bool) -> Tensor:
     return torch.maximum(p, 1 - p) if has_regions else p.amax(dim=1, keepdim=True)
 
 
-def sharpened(logits: Tensor, temperature: float, has_regions: bool) -> Tensor:
-    """Return probabilities at a temperature below 1, without gradient: soft pseudo-labels.
+def sharpened(logits: Tensor, temperature: float, has_regions: bool, stop_gradient: bool = True) -> Tensor:
+    """Return probabilities at a temperature below 1: soft pseudo-labels.
 
     `p_c^(1/T) / sum_k p_k^(1/T)`, which is softmax(z/T); computed from the logits because the power underflows.
 
@@ -39,8 +39,9 @@ def sharpened(logits: Tensor, temperature: float, has_regions: bool) -> Tensor:
         logits: (B, C, *S).
         temperature: T.
         has_regions: channels are regions (sigmoid(z/T)).
+        stop_gradient: return them without gradient.
     """
-    scaled = logits.detach().float() / temperature
+    scaled = (logits.detach() if stop_gradient else logits).float() / temperature
     return torch.sigmoid(scaled) if has_regions else torch.softmax(scaled, dim=1)
 
 
