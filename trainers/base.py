@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import empty_cache
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn import functional
@@ -45,6 +45,7 @@ from lgssl_nnunet.engine.teacher import EMATeacher
 from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, UsageError
 from lgssl_nnunet.files import write_atomically, write_json
 from lgssl_nnunet.losses.consistency import probabilities
+from lgssl_nnunet.networks.unet import planned_unet
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,30 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, Term]:
         """Return the loss of a step as named terms; runs under the device's autocast."""
         raise NotImplementedError
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Return the network that trains and predicts, from the plans alone, as nnU-Net asks for it."""
+        hp = hyperparameters.resolve(cls.hyperparameters, plans_manager.plans, cls.__name__)
+        network = planned_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
+        return cls.adapt_network(network, hp)
+
+    @staticmethod
+    def adapt_network(network: nn.Module, hp: Any) -> nn.Module:
+        """Return the method's form of the planned network; by default the network as it is.
+
+        Args:
+            network: the planned U-Net, with `encoder` and `decoder`.
+            hp: the method's hyper-parameters.
+        """
+        return network
 
     def set_up(self) -> None:
         """Build what the method needs beside `self.network`, by `add_network` and `keep`; called once, seeded."""

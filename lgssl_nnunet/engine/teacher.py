@@ -39,15 +39,16 @@ class EMATeacher:
         self.averaged.update_parameters(student)
 
     @torch.no_grad()
-    def __call__(self, image: Tensor, dropout: bool = False) -> Tensor | list[Tensor]:
+    def __call__(self, image: Tensor, dropout: bool = False, **options: Any) -> Any:
         """Return the teacher's logits for `image` (B, M, *S), without gradient.
 
         Args:
             image: (B, M, *S).
             dropout: draw the network's dropout, for a Monte-Carlo pass.
+            **options: what else the network's call takes and answers with.
         """
         self.averaged.train(dropout)
-        logits = self.averaged(image)
+        logits = self.averaged(image, **options)
         self.averaged.eval()
         return logits
 
