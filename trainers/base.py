@@ -282,11 +282,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"Fold {fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and {plans_name} have "
                 f"{len(split['labeled'])}: train with -f all."
             )
+        if cls.pairs_batches:
+            cls.check_pairs(plans, configuration)
+
+    @classmethod
+    def check_pairs(cls, plans: dict[str, Any], configuration: str) -> None:
+        """Refuse another number of unlabelled than of labelled patches in a step."""
         asked = plans["lgssl"].get("training", {}).get("unlabeled_batch_size")
-        if cls.pairs_batches and asked not in (None, planned.batch_size):
+        planned = PlansManager(plans).get_configuration(configuration).batch_size
+        if asked not in (None, planned):
             raise UsageError(
-                f"{name} pairs every labelled with an unlabelled patch: leave out --unlabeled_batch_size or give "
-                f"{planned.batch_size}."
+                f"{cls.__name__} pairs every labelled with an unlabelled patch: leave out --unlabeled_batch_size or "
+                f"give {planned}."
             )
 
     def initialize(self) -> None:

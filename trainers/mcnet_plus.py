@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
-from lgssl_nnunet.engine.hyperparameters import check_ranges, resolve
+from lgssl_nnunet.engine.hyperparameters import check_ranges
 from lgssl_nnunet.losses.consistency import mutual_consistency
 from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_decoder
-from lgssl_nnunet.networks.unet import planned_unet
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
 
@@ -63,28 +62,18 @@ class MCNetPlusTrainer(SemiSupervisedTrainer):
     memory_factor = 1.4
 
     @staticmethod
-    def build_network_architecture(
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
+    def adapt_network(network: nn.Module, hp: MCNetPlusHyperparameters) -> nn.Module:
         """Return the planned network with further decoders that interpolate linearly and by the nearest voxel."""
-        hp = resolve(MCNetPlusTrainer.hyperparameters, plans_manager.plans, "MCNetPlusTrainer")
-        network = planned_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
-        convolutions = [len(stage.convs) for stage in network.decoder.stages]
-        further = [
-            interpolating_decoder(
-                network.encoder,
-                num_output_channels,
-                convolutions,
-                enable_deep_supervision,
-                faithful=hp.faithful_decoder,
-                nearest=nearest,
-            )
-            for nearest in (False, True)[: hp.num_decoders - 1]
-        ]
+        planned = network.decoder
+        build = partial(
+            interpolating_decoder,
+            network.encoder,
+            planned.num_classes,
+            [len(stage.convs) for stage in planned.stages],
+            planned.deep_supervision,
+            faithful=hp.faithful_decoder,
+        )
+        further = [build(nearest=nearest) for nearest in (False, True)[: hp.num_decoders - 1]]
         return MultiDecoderUNet(network, further, hp.dropout)
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import convert_conv_op_to_dim
@@ -60,30 +60,49 @@ def dropout_layer(network: nn.Module, rate: float) -> nn.Module:
     return DROPOUTS[convert_conv_op_to_dim(network.encoder.conv_op)](rate)
 
 
+class Decoded(NamedTuple):
+    """What `decode` found, features and skips with full resolution first.
+
+    Attributes:
+        logits: as the decoder itself returns them.
+        features: of each decoder stage, (B, D_k, *S_k); the first after dropout.
+        skips: as they were concatenated, (B, D_k, *S_k).
+    """
+
+    logits: Logits
+    features: list[torch.Tensor]
+    skips: list[torch.Tensor]
+
+
 def decode(
-    decoder: UNetDecoder, skips: Sequence[torch.Tensor], head_dropout: nn.Module | None = None
-) -> tuple[Logits, list[torch.Tensor]]:
-    """Run nnU-Net's decoder and return the features of its stages too.
+    decoder: UNetDecoder,
+    skips: Sequence[torch.Tensor],
+    head_dropout: nn.Module | None = None,
+    gates: Sequence[nn.Module] | None = None,
+) -> Decoded:
+    """Run nnU-Net's decoder and return what it computes on the way.
 
     Args:
         decoder: a decoder of nnU-Net's kind.
         skips: the encoder's outputs, full resolution first, the bottleneck last.
         head_dropout: applied to the full-resolution feature before its segmentation layer.
-
-    Returns:
-        Logits as the decoder itself returns them, and the feature of each decoder stage, full resolution first (the
-        first after `head_dropout`).
+        gates: one per decoder stage, lowest resolution first: `gate(upsampled feature, skip)` replaces the skip.
     """
-    x, features = skips[-1], []
-    for upsample, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(skips[:-1]), strict=True):
-        x = stage(torch.cat((upsample(x), skip), dim=1))
+    x, features, used = skips[-1], [], []
+    gates = gates if gates is not None else [None] * len(decoder.stages)
+    for upsample, stage, skip, gate in zip(
+        decoder.transpconvs, decoder.stages, reversed(skips[:-1]), gates, strict=True
+    ):
+        upsampled = upsample(x)
+        used.insert(0, skip if gate is None else gate(upsampled, skip))
+        x = stage(torch.cat((upsampled, used[0]), dim=1))
         features.insert(0, x)
     if head_dropout is not None:
         features[0] = head_dropout(features[0])
     heads = reversed(decoder.seg_layers)
     if not decoder.deep_supervision:
-        return next(iter(heads))(features[0]), features
-    return [head(feature) for head, feature in zip(heads, features, strict=True)], features
+        return Decoded(next(iter(heads))(features[0]), features, used)
+    return Decoded([head(feature) for head, feature in zip(heads, features, strict=True)], features, used)
 
 
 class DropoutUNet(nn.Module):
@@ -117,7 +136,5 @@ class DropoutUNet(nn.Module):
             Logits (B, C, *S), with deep supervision a list of them, full resolution first.
         """
         skips = self.encoder(x)
-        logits, features = decode(
-            self.decoder, [*skips[:-1], self.bottleneck_dropout(skips[-1])], head_dropout=self.head_dropout
-        )
-        return (logits, features) if with_features else logits
+        decoded = decode(self.decoder, [*skips[:-1], self.bottleneck_dropout(skips[-1])], self.head_dropout)
+        return (decoded.logits, decoded.features) if with_features else decoded.logits
