@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.engine.seeding import seed_everything
 from lgssl_nnunet.registry import find_trainer
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
@@ -81,3 +82,48 @@ def finished(build) -> Callable[[str], Any]:
         return made[name]
 
     return get
+
+
+@pytest.fixture
+def with_settings(started) -> Callable[..., Any]:
+    """`with_settings("CPSTrainer", pseudo_weight=1)`: a trainer with these hyper-parameters, ready to train."""
+    return lambda name, **values: started(name, training={"seed": 0, "hyperparameters": values})
+
+
+@pytest.fixture
+def next_batches() -> Callable[[Any], tuple[LabeledBatch, UnlabeledBatch]]:
+    """The next labelled and unlabelled batch of a trainer."""
+    return lambda trainer: trainer.to_batches(next(trainer.dataloader_train))
+
+
+@pytest.fixture
+def terms_of() -> Callable[..., dict[str, Term]]:
+    """The terms of a step on given batches, with the same dropout, noise and boxes each time."""
+
+    def compute(trainer: Any, batches: tuple[LabeledBatch, UnlabeledBatch]) -> dict[str, Term]:
+        seed_everything(0)
+        return trainer.loss_terms(*batches)
+
+    return compute
+
+
+@pytest.fixture
+def values_of(terms_of) -> Callable[..., dict[str, float]]:
+    """The values of those terms."""
+    return lambda trainer, batches: {
+        name: float(term.value.detach()) for name, term in terms_of(trainer, batches).items()
+    }
+
+
+@pytest.fixture
+def reached() -> Callable[..., set[str]]:
+    """The names of those parameters that get a gradient other than zero from a loss."""
+
+    def find(loss: torch.Tensor, **networks: torch.nn.Module) -> set[str]:
+        named = {f"{name}.{key}": p for name, net in networks.items() for key, p in net.named_parameters()}
+        for parameter in named.values():
+            parameter.grad = None
+        loss.backward(retain_graph=True)
+        return {name for name, p in named.items() if p.grad is not None and p.grad.abs().max() > 0}
+
+    return find

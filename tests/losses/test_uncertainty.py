@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, maximal_entropy, mean_of_passes
+
+
+def test_the_entropy_of_a_uniform_prediction_is_the_maximum():
+    for channels in (2, 4):
+        uniform = torch.full((1, channels, 2, 2), 1 / channels)
+        assert entropy(uniform, False).shape == (1, 1, 2, 2)
+        assert float(entropy(uniform, False).mean()) == pytest.approx(maximal_entropy(channels, False), abs=1e-4)
+    assert maximal_entropy(4, False) == math.log(4)
+
+
+def test_each_region_has_an_entropy_of_its_own():
+    p = torch.tensor([0.5, 1.0, 0.1]).view(1, 3, 1, 1)
+    expected = [math.log(2), 0.0, -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))]
+    assert entropy(p, True).flatten().tolist() == pytest.approx(expected, abs=1e-4)
+    assert maximal_entropy(3, True) == math.log(2)
+
+
+def test_a_certain_prediction_has_no_entropy_and_no_nan():
+    one_hot = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    assert float(entropy(one_hot, False)) == pytest.approx(0, abs=2e-6)
+    assert torch.isfinite(entropy(one_hot, True)).all()
+
+
+def test_the_threshold_moves_from_its_start_to_its_end():
+    # methods.md section 3: 0.521028 for two classes at the start, where the ramp-up is exp(-5).
+    assert entropy_threshold(0.75, 1.0, math.exp(-5), math.log(2)) == pytest.approx(0.521028, abs=1e-6)
+    assert entropy_threshold(0.75, 1.0, 1.0, math.log(2)) == math.log(2)
+
+
+def test_the_first_threshold_keeps_voxels_above_a_probability_of_0_7846():
+    h = entropy_threshold(0.75, 1.0, math.exp(-5), math.log(2))
+    p = torch.tensor([0.7844, 0.7848]).view(2, 1, 1, 1)
+    uncertainty = entropy(torch.cat([p, 1 - p], dim=1), False).flatten()
+    assert (uncertainty < h).tolist() == [False, True]
+
+
+def test_the_mean_of_passes_is_theirs_and_has_no_gradient():
+    weight = torch.ones(2, requires_grad=True)
+    draws = iter([1.0, 2.0, 6.0])
+    mean = mean_of_passes(lambda: weight * next(draws), 3)
+    assert mean.tolist() == [3.0, 3.0]
+    assert not mean.requires_grad
