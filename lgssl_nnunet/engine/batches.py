@@ -25,17 +25,19 @@ class LabeledBatch:
 
 @dataclass(frozen=True)
 class UnlabeledBatch:
-    """Patches without a segmentation: views of the same voxels, alike in geometry and different in intensity.
+    """Patches without a true segmentation: views of the same voxels, alike in geometry and different in intensity.
 
     Attributes:
         weak: (B, M, *S), geometric augmentation only; None if the trainer did not ask for it.
         strong: (B, M, *S), nnU-Net's intensity augmentation on top; None if the trainer did not ask for it.
         keys: case identifier of each patch.
+        target: pseudo-labels from files, as `LabeledBatch.target`; None for a method without such files.
     """
 
     weak: Tensor | None
     strong: Tensor | None
     keys: tuple[str, ...]
+    target: list[Tensor] | Tensor | None = None
 
 
 def finest(scales: Tensor | list[Tensor]) -> Tensor:
@@ -43,7 +45,7 @@ def finest(scales: Tensor | list[Tensor]) -> Tensor:
     return scales if isinstance(scales, Tensor) else scales[0]
 
 
-def rows(scales: Tensor | list[Tensor], which: slice) -> Tensor | list[Tensor]:
+def rows(scales: Tensor | list[Tensor], which: slice | list[int]) -> Tensor | list[Tensor]:
     """Return some patches of what a network gives for a batch (B, C, *S), at every scale."""
     return scales[which] if isinstance(scales, Tensor) else [scale[which] for scale in scales]
 

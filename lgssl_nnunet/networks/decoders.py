@@ -65,6 +65,21 @@ def interpolating_decoder(
     return decoder
 
 
+def interpolating_twin(network: nn.Module, faithful: bool = False, nearest: bool = False) -> UNetDecoder:
+    """Return an interpolating decoder as deep as the decoder of a planned network, for the skips of its encoder.
+
+    Args:
+        network: with `encoder` and `decoder` of nnU-Net's kind.
+        faithful: see `interpolating_decoder`.
+        nearest: see `interpolating_decoder`.
+    """
+    planned = network.decoder
+    depths = [len(stage.convs) for stage in planned.stages]
+    return interpolating_decoder(
+        network.encoder, planned.num_classes, depths, planned.deep_supervision, faithful, nearest
+    )
+
+
 def _upsampling_step(
     encoder: PlainConvEncoder | ResidualEncoder, stage: int, faithful: bool, nearest: bool
 ) -> nn.Sequential:
