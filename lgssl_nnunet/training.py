@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
 from lgssl_nnunet.files import write_json
-from lgssl_nnunet.paths import is_dataset, use_data_folders
+from lgssl_nnunet.paths import use_data_folders
+from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def train(
     _check_flags(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights, num_gpus)
     fold = parse_fold(fold)
     trainer_class = find_trainer(trainer)
-    dataset_folder = _preprocessed_folder(dataset)
-    base_plans = _load_plans(dataset_folder, plans)
+    dataset_folder = preprocessed_folder(dataset)
+    base_plans = load_plans(dataset_folder, plans)
     _check_plans(base_plans, configuration, trainer, dataset_folder)
     used_plans = _derive_plans(
         base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
@@ -164,53 +165,6 @@ def _check_number_of_gpus(num_gpus: int) -> None:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not 1 <= num_gpus <= found:
         raise UsageError(f"-num_gpus {num_gpus}: torch sees {found} CUDA GPU(s) here; give at most as many.")
-
-
-def _preprocessed_folder(dataset: int | str) -> Path:
-    root = Path(os.environ["nnUNet_preprocessed"])
-    known = sorted(folder.name for folder in root.glob("Dataset*_*") if folder.is_dir())
-    matches = [name for name in known if is_dataset(name, dataset)]
-    if len(matches) == 1:
-        return root / matches[0]
-    listing = f" It holds: {', '.join(known)}." if known else ""
-    remedy = "Plan it with lgssl_plan_and_preprocess first." if not matches else "Give the full name."
-    problem = "There is no" if not matches else "There is more than one"
-    raise UsageError(f"{problem} preprocessed dataset {dataset} in {root}.{listing} {remedy}")
-
-
-def _load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
-    available = _plans_files(dataset_folder)
-    if name is not None:
-        file = dataset_folder / f"{name}.json"
-        if not file.is_file():
-            names = ", ".join(path.stem for path in available) or "none"
-            raise PlansError(f"There are no plans {name} in {dataset_folder}; planned with this package: {names}.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    # Derived plans belong to one run; only -p asks for them.
-    planned = [path for path in available if "training" not in json.loads(path.read_text())["lgssl"]]
-    if not planned:
-        raise PlansError(
-            f"{dataset_folder} holds no plans of lgssl_plan_and_preprocess: run it first (nnU-Net's own plans say "
-            "nothing about unlabelled cases)."
-        )
-    newest = max(planned, key=lambda path: path.stat().st_mtime_ns)
-    if len(planned) > 1:
-        others = ", ".join(path.stem for path in planned if path != newest)
-        logger.info("Using the newest plans, %s (others: %s; choose with -p).", newest.stem, others)
-    return json.loads(newest.read_text(encoding="utf-8"))
-
-
-def _plans_files(dataset_folder: Path) -> list[Path]:
-    """Return the plans files with an lgssl block."""
-    files = []
-    for path in sorted(dataset_folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            continue
-        if isinstance(content, dict) and "lgssl" in content and "configurations" in content:
-            files.append(path)
-    return files
 
 
 def _check_plans(plans: dict[str, Any], configuration: str, trainer: str, dataset_folder: Path) -> None:
