@@ -46,7 +46,7 @@ def finest(scales: Tensor | list[Tensor]) -> Tensor:
 
 
 def rows(scales: Tensor | list[Tensor], which: slice | list[int]) -> Tensor | list[Tensor]:
-    """Return some patches of what a network gives for a batch (B, C, *S), at every scale."""
+    """Return some patches of (B, C, *S), or of each in a list, such as the scales of a network's output."""
     return scales[which] if isinstance(scales, Tensor) else [scale[which] for scale in scales]
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lgssl_nnunet.errors import PlansError
@@ -45,7 +46,9 @@ class CrossSampleAttention(nn.Module):
             return feature
         tokens = self.within(feature.flatten(2).transpose(1, 2))
         tokens = self.across(tokens.transpose(0, 1)).transpose(0, 1)
-        return tokens.transpose(1, 2).unflatten(2, feature.shape[2:])
+        attended = tokens.transpose(1, 2).unflatten(2, feature.shape[2:])
+        # Layout and type of the given feature, which later layers would otherwise take over from the tokens.
+        return torch.empty_like(feature).copy_(attended)
 
 
 def attention_stage(configuration_manager: ConfigurationManager, max_tokens: int) -> int:

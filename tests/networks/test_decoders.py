@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lgssl_nnunet.networks.decoders import interpolating_decoder
+from lgssl_nnunet.networks.decoders import interpolating_decoder, interpolating_twin
 
 
 @pytest.mark.parametrize("faithful", [False, True])
@@ -50,3 +50,14 @@ def test_the_default_upsampling_is_the_same_at_every_position(stock_network, con
     inner = step(feature[:, :, 2:7, 2:7, 2:7])[:, :, 2:-2, 2:-2, 2:-2]
     torch.testing.assert_close(inner, step(feature)[:, :, 6:12, 6:12, 6:12])
     torch.testing.assert_close(step(feature.flip(2)), step(feature).flip(2))
+
+
+def test_a_twin_is_as_deep_as_the_planned_decoder_and_reads_the_same_skips(stock_network, make_configuration):
+    configuration = make_configuration()
+    configuration.configuration["architecture"]["arch_kwargs"]["n_conv_per_stage_decoder"] = [2, 1]
+    network = stock_network(configuration, classes=2, deep_supervision=False)
+    twin = interpolating_twin(network, faithful=True)
+    assert [len(stage.convs) for stage in twin.stages] == [2, 1]
+    assert twin.transpconvs[0][0].align_corners
+    assert twin(network.encoder(torch.randn(1, 1, 16, 16, 16))).shape == (1, 2, 16, 16, 16)
+    assert interpolating_twin(network, nearest=True).transpconvs[0][1].mode == "nearest"
