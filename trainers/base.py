@@ -404,9 +404,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         training_cases, validation_cases = self.get_tr_and_val_datasets()
         loaders = {"labeled": self._labeled_loader(training_cases, initial_patch_size, training_transforms)}
         if self.uses_unlabeled:
-            masked = [channel for channel, masked in enumerate(use_mask or ()) if masked]
-            views = ViewsTransform(training_transforms, self.views, masked)
-            loaders["unlabeled"] = self._unlabeled_loader(initial_patch_size, views)
+            loaders["unlabeled"] = self.unlabeled_loader(initial_patch_size, training_transforms)
         validation = {"validation": self._labeled_loader(validation_cases, patch_size, validation_transforms)}
         return self._start(loaders, self.num_iterations_per_epoch, 1.0), self._start(
             validation, self.num_val_iterations_per_epoch, 0.5
@@ -424,14 +422,31 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             transforms=transforms,
         )
 
-    def _unlabeled_loader(self, initial_patch_size: Any, transforms: Any) -> UnlabeledLoader:
+    @property
+    def unlabeled_folder(self) -> Path:
+        """The folder of the preprocessed unlabelled images."""
+        return Path(f"{self.preprocessed_dataset_folder}_unlabeled")
+
+    def unlabeled_loader(self, initial_patch_size: Any, training_transforms: Any) -> UnlabeledLoader:
+        """Return the loader of unlabelled patches, by default random crops in the views that the method asks for."""
+        masked = [
+            channel for channel, masked in enumerate(self.configuration_manager.use_mask_for_norm or ()) if masked
+        ]
+        views = ViewsTransform(training_transforms, self.views, masked)
+        cases = UnlabeledDataset(str(self.unlabeled_folder), self.unlabeled_cases())
+        return self._unlabeled_loader(cases, initial_patch_size, views)
+
+    def _unlabeled_loader(
+        self, cases: UnlabeledDataset, initial_patch_size: Any, transforms: Any, **options: Any
+    ) -> UnlabeledLoader:
         return UnlabeledLoader(
-            UnlabeledDataset(f"{self.preprocessed_dataset_folder}_unlabeled", self.unlabeled_cases()),
+            cases,
             self.unlabeled_batch_size,
             initial_patch_size,
             self.configuration_manager.patch_size,
             self.label_manager,
             transforms=transforms,
+            **options,
         )
 
     def _start(self, loaders: dict[str, nnUNetDataLoader], iterations_per_epoch: int, share_of_workers: float) -> Any:
@@ -464,9 +479,13 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             initial=self.iteration,
             desc=type(self).__name__,
             unit="it",
-            # None: only on a terminal.
-            disable=None if self.show_progress is None else not self.show_progress,
+            disable=self.hides_progress,
         )
+
+    @property
+    def hides_progress(self) -> bool | None:
+        """What tqdm takes as `disable`; None shows a bar on a terminal only."""
+        return None if self.show_progress is None else not self.show_progress
 
     def print_plans(self) -> None:
         """Log configuration and plans, without the hundreds of numbers of the prompt embeddings."""
@@ -510,16 +529,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def to_batches(self, batch: dict) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         """Move a batch of the loaders to the device, in the memory layout that the device prefers."""
-        target = batch["target"]
-        target = [self._to_device(t) for t in target] if isinstance(target, list) else self._to_device(target)
-        labeled = LabeledBatch(self._image(batch["data"]), target, tuple(batch["keys"]))
+        labeled = LabeledBatch(self._image(batch["data"]), self._to_device(batch["target"]), tuple(batch["keys"]))
         if "unlabeled_data" not in batch:
             return labeled, None
         views = {name: self._image(view) for name, view in split_views(batch["unlabeled_data"], self.views).items()}
-        return labeled, UnlabeledBatch(views.get("weak"), views.get("strong"), tuple(batch["unlabeled_keys"]))
+        target = self._to_device(batch["unlabeled_target"]) if "unlabeled_target" in batch else None
+        return labeled, UnlabeledBatch(views.get("weak"), views.get("strong"), tuple(batch["unlabeled_keys"]), target)
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+    def _to_device(self, scales: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(scales, list):
+            return [self._to_device(scale) for scale in scales]
+        return scales.to(self.device, non_blocking=True)
 
     def _image(self, tensor: Tensor) -> Tensor:
         memory_format = preferred_memory_format(self.device, self.num_dimensions)

@@ -11,6 +11,7 @@ from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
+from lgssl_nnunet.engine.batches import finest
 from lgssl_nnunet.engine.seeding import derive_seed, isolated_randomness
 
 STREAMS = ("labeled", "unlabeled", "validation")
@@ -62,7 +63,9 @@ class SeededBatches(SlimDataLoaderBase):
             with isolated_randomness(derive_seed(self.seed, self.rank, STREAMS.index(name), index)):
                 part = loader.generate_train_batch()
             if name == "unlabeled":
-                part = {"unlabeled_data": part["data"], "unlabeled_keys": part["keys"]}
+                # Views have an empty target, pseudo-labelled patches a real one.
+                kept = part if finest(part["target"]).numel() else {"data", "keys"}
+                part = {f"unlabeled_{entry}": part[entry] for entry in kept}
             combined.update(part)
         return combined
 

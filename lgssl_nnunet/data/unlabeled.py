@@ -33,10 +33,31 @@ class UnlabeledDataset(nnUNetDatasetBlosc2):
         return sorted(file.name.removesuffix(".b2nd") for file in Path(folder).glob("*.b2nd"))
 
 
+class PseudoLabeledDataset(UnlabeledDataset):
+    """The same images with label maps from another folder, and where in them the classes are.
+
+    Args:
+        folder: `<data_identifier>_unlabeled/`.
+        identifiers: the cases.
+        labels: holds `<case>.b2nd`, a label map (1, X, Y, Z), and `<case>.pkl` with `class_locations`.
+    """
+
+    def __init__(self, folder: str, identifiers: list[str], labels: Path) -> None:
+        super().__init__(folder, identifiers)
+        self.labels = labels
+
+    def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
+        """Return image (M, X, Y, Z) and label map (1, X, Y, Z) as lazily read arrays, None and the properties."""
+        image, _, _, properties = super().load_case(identifier)
+        label_file = str(self.labels / f"{identifier}.b2nd")
+        labels = blosc2.open(urlpath=label_file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
+        return image, labels, None, {**properties, **load_pickle(str(self.labels / f"{identifier}.pkl"))}
+
+
 class UnlabeledLoader(nnUNetDataLoader):
-    """nnU-Net's loader for cases without annotation: uniformly random crops, no class to look for."""
+    """nnU-Net's loader for cases without annotation: uniformly random crops, unless pseudo-labels show foreground."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # With an ignore label nnU-Net looks for annotated voxels in every case; here there are none.
+        # With an ignore label nnU-Net looks for annotated voxels in every case; here none is, or every voxel is.
         self.has_ignore = False

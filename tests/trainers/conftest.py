@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
 from lgssl_nnunet.engine.seeding import seed_everything
+from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.files import content_hash
 from lgssl_nnunet.registry import find_trainer
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
@@ -52,9 +56,40 @@ def trainer_class() -> Callable[[str], type]:
 
 
 @pytest.fixture(scope="session")
-def build(build_trainer, trainer_class) -> Callable[..., Any]:
-    """`build_trainer` for a name of the grid."""
-    return lambda name, **options: build_trainer(trainer_class(name), **options)
+def build(build_trainer, trainer_class, train_source, tmp_path_factory) -> Callable[..., Any]:
+    """`build_trainer` for a name of the grid; where a method refuses for want of a source model, it gets one."""
+
+    def make(name: str, **options: Any) -> Any:
+        trainer = trainer_class(name)
+        if not hasattr(trainer.hyperparameters, "source"):
+            return build_trainer(trainer, **options)
+        options = {"results": tmp_path_factory.mktemp("results"), **options}
+        try:
+            return build_trainer(trainer, **options)
+        except CheckpointError:
+            train_source(**options)
+            return build_trainer(trainer, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_source(build_trainer, tmp_path_factory) -> Callable[..., None]:
+    """Put a finished SupervisedTrainer of 2 epochs of 2 iterations into `results`; it is trained once per session."""
+    trained: dict[str, Any] = {}
+
+    def train(results: Path, **options: Any) -> None:
+        training = {"seed": options.pop("training", {}).get("seed", 0)}
+        options = {**options, "epochs": 2, "iterations": 2, "training": training}
+        trainer = build_trainer("SupervisedTrainer", results=tmp_path_factory.mktemp("source"), **options)
+        key = content_hash([trainer.plans_manager.plans, trainer.preprocessed_dataset_folder, str(trainer.fold)])
+        if key not in trained:
+            trainer.run_training()
+            trained[key] = trainer.output_folder_base
+        model = Path(trained[key])
+        shutil.copytree(model, results / model.parent.name / model.name, dirs_exist_ok=True)
+
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,170 @@
+"""Pseudo-labels on disk: which finished model writes them, and one label map per preprocessed unlabelled image."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import write_pickle
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from tqdm import tqdm
+
+from lgssl_nnunet.data.unlabeled import UnlabeledDataset
+from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.files import content_hash, read_json_if_valid, write_atomically, write_json
+from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, TrainedModel, find_models, read_model_json
+from lgssl_nnunet.inference.predictor import LGSSLPredictor
+
+logger = logging.getLogger(__name__)
+
+SOURCE_RECORD = "source.json"
+
+
+def planned_as(plans: Mapping[str, Any]) -> str:
+    """Return the name under which the plans were planned, before options of a run were added to it."""
+    return plans["lgssl"].get("training", {}).get("planned_as", plans["plans_name"])
+
+
+def training_seed(plans: Mapping[str, Any]) -> int:
+    """Return the training seed of the plans."""
+    return int(plans["lgssl"].get("training", {}).get("seed", 0))
+
+
+def models_of_same_data(
+    dataset_results: Path,
+    trainer: str,
+    plans: Mapping[str, Any],
+    configuration: str,
+    fold: int | str,
+    accepts: Callable[[Mapping[str, Any]], bool] = lambda plans: True,
+) -> list[TrainedModel]:
+    """Return the finished models of a trainer that learnt from the same cases, preprocessed alike; the newest first.
+
+    Args:
+        dataset_results: the dataset's folder in `nnUNet_results`.
+        trainer: class name.
+        plans: plans of the run that asks; a model must have been planned as the same, with the same training seed. Its
+            schedule and its options may differ.
+        configuration: for example 3d_fullres.
+        fold: the fold that must be finished, so that validation cases stay unseen.
+        accepts: whether a model of these plans will do.
+    """
+    wanted = _data_of(plans)
+    found = []
+    for model in find_models(dataset_results.parent):
+        asked = (dataset_results.name, trainer, configuration)
+        if (model.dataset, model.trainer, model.configuration) == asked and str(fold) in model.finished_folds:
+            theirs = read_model_json(model.folder, "plans.json")
+            if _data_of(theirs) == wanted and accepts(theirs):
+                found.append(model)
+    return sorted(found, key=lambda model: model.checkpoint_file(str(fold)).stat().st_mtime_ns, reverse=True)
+
+
+def _data_of(plans: Mapping[str, Any]) -> str:
+    """Return a hash of everything in plans but name, schedule, options and text."""
+    planned = {name: plans[name] for name in plans if name not in ("plans_name", "continue_training", "lgssl")}
+    settings = {name: plans["lgssl"].get(name) for name in ("split", "twins")}
+    return content_hash([planned, settings, planned_as(plans), training_seed(plans)])
+
+
+def settle_source(folder: Path, models: Sequence[TrainedModel], fold: int | str) -> TrainedModel:
+    """Return the model that writes the pseudo-labels of a folder: the recorded one, else the first, which is recorded.
+
+    Args:
+        folder: where the pseudo-labels lie or will lie.
+        models: the finished models that come into question, one at least if there is no record.
+        fold: the fold of the model.
+
+    Raises:
+        CheckpointError: the recorded model is not among them or was trained anew.
+    """
+    record = read_json_if_valid(folder / SOURCE_RECORD)
+    if record is None:
+        model = models[0]
+        others = f" (the newest of {len(models)})" if len(models) > 1 else ""
+        logger.info("Pseudo-labels are written by %s, fold %s%s.", model.folder, fold, others)
+        write_json({"model": model.folder.name, "fold": str(fold), **_signature(model, fold)}, folder / SOURCE_RECORD)
+        return model
+    model = next((model for model in models if model.folder.name == record["model"]), None)
+    if model is None or not _signature(model, fold).items() <= record.items():
+        raise CheckpointError(
+            f"The pseudo-labels in {folder} are those of {record['model']}, which is no longer there as it was: put it "
+            f"back to go on, or move {folder.parent} away to begin with another model."
+        )
+    return model
+
+
+def _signature(model: TrainedModel, fold: int | str) -> dict[str, str]:
+    file = model.checkpoint_file(str(fold))
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return {"checkpoint": FINAL_CHECKPOINT, "sha256": digest.hexdigest()}
+
+
+def write_pseudo_labels(
+    model: TrainedModel,
+    fold: int | str,
+    images: UnlabeledDataset,
+    folder: Path,
+    device: torch.device,
+    hide_progress: bool | None = None,
+) -> None:
+    """Predict preprocessed images by sliding window and write a label map for each; what is there already stays.
+
+    A case is two files, which `PseudoLabeledDataset` reads: `<case>.pkl` with the places of the classes, then
+    `<case>.b2nd` with the label map (1, X, Y, Z), each whole or not at all. Overlapping regions are written as the
+    label map that nnU-Net makes of them.
+
+    Args:
+        model: the model that predicts, mirroring as its checkpoint allows.
+        fold: its fold.
+        images: the preprocessed cases.
+        folder: where the files go.
+        device: where the network runs.
+        hide_progress: tqdm's `disable`.
+    """
+    missing = [case for case in images.identifiers if not (folder / f"{case}.b2nd").is_file()]
+    if not missing:
+        return
+    predictor = LGSSLPredictor(device, progress=False)
+    predictor.load_model(model.folder, [fold])
+    total = len(images.identifiers)
+    with tqdm(
+        desc="Pseudo-labels", unit="case", total=total, initial=total - len(missing), disable=hide_progress
+    ) as progress:
+        for case in missing:
+            _write_case(folder, case, _label_map(predictor, images.load_case(case)[0][:]), predictor)
+            progress.update()
+
+
+def _label_map(predictor: LGSSLPredictor, image: np.ndarray) -> np.ndarray:
+    """Return the label map (1, X, Y, Z) of a preprocessed image (M, X, Y, Z), -1 in the background around the body."""
+    logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
+    labels = np.asarray(predictor.label_manager.convert_logits_to_segmentation(logits))
+    labels = labels.astype(np.int8 if labels.max() < 128 else np.int16)
+    masked = np.flatnonzero(predictor.configuration_manager.use_mask_for_norm)
+    if len(masked):
+        # As nnU-Net's preprocessing marks what its augmentation has to keep at 0 in these channels.
+        labels[(image[masked] == 0).all(axis=0) & (labels == 0)] = -1
+    return labels[None]
+
+
+def _write_case(folder: Path, case: str, labels: np.ndarray, predictor: LGSSLPredictor) -> None:
+    manager = predictor.label_manager
+    classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    locations = DefaultPreprocessor._sample_foreground_locations(labels, classes)
+    write_atomically(folder / f"{case}.pkl", lambda file: write_pickle({"class_locations": locations}, str(file)))
+    patch_size = tuple(predictor.configuration_manager.patch_size)
+    blocks, chunks = comp_blosc2_params(labels.shape, patch_size, labels.itemsize)
+    write_atomically(
+        folder / f"{case}.b2nd", lambda file: blosc2.asarray(labels, urlpath=str(file), chunks=chunks, blocks=blocks)
+    )
