@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_ranges
 from lgssl_nnunet.losses.consistency import mutual_consistency
-from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_decoder
+from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_twin
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
 
@@ -64,16 +63,8 @@ class MCNetPlusTrainer(SemiSupervisedTrainer):
     @staticmethod
     def adapt_network(network: nn.Module, hp: MCNetPlusHyperparameters) -> nn.Module:
         """Return the planned network with further decoders that interpolate linearly and by the nearest voxel."""
-        planned = network.decoder
-        build = partial(
-            interpolating_decoder,
-            network.encoder,
-            planned.num_classes,
-            [len(stage.convs) for stage in planned.stages],
-            planned.deep_supervision,
-            faithful=hp.faithful_decoder,
-        )
-        further = [build(nearest=nearest) for nearest in (False, True)[: hp.num_decoders - 1]]
+        upsampling = (False, True)[: hp.num_decoders - 1]
+        further = [interpolating_twin(network, hp.faithful_decoder, nearest) for nearest in upsampling]
         return MultiDecoderUNet(network, further, hp.dropout)
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
