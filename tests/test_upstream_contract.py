@@ -32,6 +32,7 @@ BATCHES = "lgssl_nnunet/data/batches.py: SeededBatches"
 LOADER = "lgssl_nnunet/data/unlabeled.py: UnlabeledLoader"
 DATASET = "lgssl_nnunet/data/unlabeled.py: UnlabeledDataset"
 VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
+PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
 MAKE_PLANS = "plans/planner.py: make_plans"
@@ -64,7 +65,10 @@ WATCHED: dict[str, tuple[str, ...]] = {
         f"{BASE}.configure_rotation_dummyDA_mirroring_and_inital_patch_size",
     ),
     f"{TRAINER}.get_dataloaders": (f"{BASE}.get_dataloaders",),
-    f"{TRAINER}.on_train_start": (f"{BASE}.on_train_start",),
+    f"{TRAINER}.on_train_start": (
+        f"{BASE}.on_train_start",
+        "trainers/pseudo_label.py: PseudoLabelTrainer.on_train_start",
+    ),
     f"{TRAINER}.print_plans": (f"{BASE}.print_plans",),
     f"{TRAINER}.train_step": (f"{BASE}.train_step",),
     f"{TRAINER}.on_train_epoch_end": (f"{BASE}.on_train_epoch_end",),
@@ -120,7 +124,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{DATASETS}: nnUNetDatasetBlosc2.load_case": (f"{DATASET}.load_case",),
     f"{DATASETS}: nnUNetDatasetBlosc2.get_identifiers": (f"{DATASET}.get_identifiers",),
     f"{DATASETS}: nnUNetDatasetBlosc2.save_case": ("plans/preprocessing.py: _save_image",),
-    f"{DATASETS}: comp_blosc2_params": ("plans/preprocessing.py: _save_image",),
+    f"{DATASETS}: comp_blosc2_params": ("plans/preprocessing.py: _save_image", f"{PSEUDO_LABELS}: _write_case"),
     f"{DATASETS}: infer_dataset_class": ("plans/preprocessing.py: CaseFolders",),
     "batchgenerators/dataloading/data_loader.py: DataLoader.get_indices": (f"{BATCHES}.batch",),
     f"{SLIM_LOADER}.__init__": (f"{BATCHES}.__init__",),
@@ -182,6 +186,9 @@ WATCHED: dict[str, tuple[str, ...]] = {
         "plans/preprocessing.py: preprocess_case",
         "plans/preprocessing.py: _save_image",
     ),
+    "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor._sample_foreground_locations": (
+        f"{PSEUDO_LABELS}: _write_case",
+    ),
     "nnunetv2/imageio/reader_writer_registry.py: determine_reader_writer_from_dataset_json": (
         "plans/cases.py: find_reader",
     ),
@@ -189,7 +196,10 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{NNUNET_PREDICTOR}.__init__": (f"{PREDICTOR}.__init__",),
     f"{NNUNET_PREDICTOR}.initialize_from_trained_model_folder": (f"{PREDICTOR}.load_model",),
     f"{NNUNET_PREDICTOR}.manual_initialization": (f"{PREDICTOR}.manual_initialization",),
-    f"{NNUNET_PREDICTOR}.predict_logits_from_preprocessed_data": (f"{PREDICTOR}._logits",),
+    f"{NNUNET_PREDICTOR}.predict_logits_from_preprocessed_data": (
+        f"{PREDICTOR}._logits",
+        f"{PSEUDO_LABELS}: _label_map",
+    ),
     f"{NNUNET_PREDICTOR}.predict_sliding_window_return_logits": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
     ),
@@ -250,6 +260,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
 # Imported for isinstance, a type hint or one documented call; nothing inside them matters.
 ONLY_NAMED = {
     "batchgenerators/utilities/file_and_folder_operations.py: load_pickle",
+    "batchgenerators/utilities/file_and_folder_operations.py: write_pickle",
     f"{TRANSFORMS}/spatial/mirroring.py: MirrorTransform",
     f"{TRANSFORMS}/spatial/spatial.py: SpatialTransform",
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert2DTo3DTransform",
