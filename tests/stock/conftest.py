@@ -94,11 +94,14 @@ def command_workspace(tmp_path_factory) -> Workspace:
 @pytest.fixture(scope="session")
 def train_once(workspace):
     """Train a trainer on the workspace, once per session, and return the model folder."""
+    from lgssl_nnunet.registry import find_trainer
     from lgssl_nnunet.training import train
 
     def trained(trainer: str) -> Path:
         folder = workspace.model_folder(trainer)
         if not folder.is_dir():
+            if source := getattr(find_trainer(trainer).hyperparameters, "source", None):
+                trained(source)
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in workspace.environment.items():
                     patch.setenv(name, value)
