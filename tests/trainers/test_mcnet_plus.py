@@ -92,7 +92,8 @@ def test_every_decoder_draws_its_own_dropout(rate, with_settings, next_batches):
 
 def logits_per_decoder(trainer, batches):
     labeled, unlabeled = batches
-    return trainer.network(torch.cat([labeled.image, unlabeled.strong]), every_decoder=True)
+    with torch.no_grad():
+        return trainer.network(torch.cat([labeled.image, unlabeled.strong]), every_decoder=True)
 
 
 def test_every_decoder_is_supervised_with_half_weight(calm, next_batches, terms_of):
@@ -100,7 +101,7 @@ def test_every_decoder_is_supervised_with_half_weight(calm, next_batches, terms_
     supervised = terms_of(calm, (labeled, unlabeled))["supervised"]
     outputs = logits_per_decoder(calm, (labeled, unlabeled))
     expected = sum(float(calm.supervised_loss(rows(output, slice(2)), labeled.target)) for output in outputs)
-    assert float(supervised.value) == pytest.approx(expected, rel=1e-5)
+    assert float(supervised.value.detach()) == pytest.approx(expected, rel=1e-5)
     assert supervised.weight == 0.5
 
 
@@ -118,7 +119,7 @@ def test_both_consistencies_add_up_to_the_published_mean_over_all_patches(number
         for j in range(3)
         if i != j
     )
-    found = sum(terms[name].weight * float(terms[name].value) for name in CONSISTENCIES)
+    found = sum(terms[name].weight * float(terms[name].value.detach()) for name in CONSISTENCIES)
     assert found == pytest.approx(2.0 * published, rel=1e-4)
     assert terms["labelled consistency"].weight == pytest.approx(2.0 * 2 / (2 + number))
 
@@ -165,7 +166,7 @@ def test_the_released_gradient_through_the_targets_is_an_option(with_settings, n
         trainer = with_settings("MCNetPlusTrainer", stop_gradient=stop_gradient, dropout=0.0)
         term = terms_of(trainer, next_batches(trainer))["consistency"].value
         term.backward()
-        values.append(float(term))
+        values.append(float(term.detach()))
         gradients.append(next(trainer.network.decoder.parameters()).grad.clone())
     assert values[0] == values[1]
     assert not torch.allclose(*gradients, rtol=1e-2)
