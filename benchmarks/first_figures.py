@@ -1,4 +1,4 @@
-"""Supervised against LG-SSL at a small label budget, one seed: the figures of RESULTS.md.
+"""Trainers at a small label budget, one seed: the figures of RESULTS.md.
 
     export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...
     python benchmarks/first_figures.py 510 --cells SupervisedTrainer:4 LGSSLTrainer:4 SupervisedTrainer:all
@@ -33,7 +33,8 @@ def run_cell(dataset: Path, trainer: str, budget: str, args: argparse.Namespace)
         overwrite_target_spacing=args.spacing,
     )[0]
     start = time.perf_counter()
-    options = dict(setting.split("=", 1) for setting in args.set) if trainer == "LGSSLTrainer" else {}
+    # The baseline has no hyper-parameters; a method that does not know one of these refuses it.
+    options = {} if trainer == "SupervisedTrainer" else dict(setting.split("=", 1) for setting in args.set)
     model = lgssl_nnunet.train(
         dataset.name,
         "3d_fullres",
@@ -80,7 +81,13 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", required=True, metavar="TRAINER:BUDGET")
     parser.add_argument("--spacing", nargs=3, type=float, default=None, help="-overwrite_target_spacing, mm")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--set", action="append", default=[], help="hyper-parameter of LGSSLTrainer, name=value")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="hyper-parameter of every trainer but SupervisedTrainer",
+    )
     parser.add_argument("--iterations_per_epoch", type=int, default=None)
     parser.add_argument("--output", type=Path, default=Path("benchmark_results"))
     args = parser.parse_args()
