@@ -11,6 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from lgssl_nnunet.engine.pretrained import load_pretrained
 from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.networks.ensemble import NetworkPair
+from lgssl_nnunet.networks.families import as_plain, as_residual
 from lgssl_nnunet.networks.language_guided import build_language_guided_unet
 from lgssl_nnunet.training import _load_weights
 
@@ -75,6 +77,39 @@ def test_a_language_guided_checkpoint_fills_everything_but_what_belongs_to_class
     for name, tensor in language_guided.state_dict().items():
         of_classes = (name.endswith("weight") and ".seg_layers." in name) or name == "prompts.learnable"
         assert torch.equal(tensor, source[name]) != of_classes
+
+
+def test_a_stock_checkpoint_starts_both_of_two_equal_networks(make_stock, checkpoint):
+    pair, stock = NetworkPair(make_stock(), make_stock()), make_stock()
+    heads = {name: p.clone() for name, p in pair.named_parameters() if ".seg_layers." in name}
+    load_pretrained(pair, checkpoint(stock))
+    source = dict(stock.named_parameters())
+    for name, tensor in pair.named_parameters():
+        expected = heads.get(name, source[name.removeprefix("first.").removeprefix("second.")])
+        assert torch.equal(tensor, expected), name
+
+
+def test_of_two_families_a_stock_checkpoint_starts_the_one_that_it_fits(stock_network, configuration, checkpoint):
+    families = as_plain(configuration()), as_residual(configuration())
+    pair = NetworkPair(*(stock_network(family) for family in families))
+    stock, before = stock_network(families[1]), {name: p.clone() for name, p in pair.named_parameters()}
+    load_pretrained(pair, checkpoint(stock))
+    source = {f"second.{name}": p for name, p in stock.named_parameters() if ".seg_layers." not in name}
+    assert all(torch.equal(p, source.get(name, before[name])) for name, p in pair.named_parameters())
+
+
+def test_a_pair_starts_from_a_pair_each_from_its_own(make_stock, checkpoint):
+    pair, other = (NetworkPair(make_stock(), make_stock()) for _ in range(2))
+    load_pretrained(pair, checkpoint(other))
+    source = dict(other.named_parameters())
+    assert all(
+        torch.equal(p, source[name]) != (".seg_layers." in name) for name, p in pair.named_parameters() if p.ndim > 1
+    )
+
+
+def test_a_checkpoint_that_fits_neither_of_two_networks_is_refused(make_stock, checkpoint):
+    with pytest.raises(CheckpointError, match="No convolution"):
+        load_pretrained(NetworkPair(make_stock(), make_stock()), checkpoint(make_stock(features=8)))
 
 
 def test_tensors_that_nnunet_lists_twice_are_counted_once(make_stock, checkpoint, caplog):
