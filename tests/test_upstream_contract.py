@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("nnunetv2", "batchgenerators", "batchgeneratorsv2", "dynamic_network_architectures")
 
 BASE = "trainers/base.py: SemiSupervisedTrainer"
+DESCO = "trainers/desco.py: DeSCOTrainer"
 PREDICTOR = "lgssl_nnunet/inference/predictor.py: LGSSLPredictor"
 BATCHES = "lgssl_nnunet/data/batches.py: SeededBatches"
 LOADER = "lgssl_nnunet/data/unlabeled.py: UnlabeledLoader"
@@ -68,6 +69,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{TRAINER}.on_train_start": (
         f"{BASE}.on_train_start",
         "trainers/pseudo_label.py: PseudoLabelTrainer.on_train_start",
+        f"{DESCO}.on_train_start",
     ),
     f"{TRAINER}.print_plans": (f"{BASE}.print_plans",),
     f"{TRAINER}.train_step": (f"{BASE}.train_step",),
@@ -87,8 +89,8 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{TRAINER}.on_validation_epoch_start": (f"{BASE}.validation_step",),
     f"{TRAINER}.on_validation_epoch_end": (f"{BASE}.validation_step",),
     f"{TRAINER}.perform_actual_validation": (f"{TRAINING}: _validate", f"{BASE}.do_split"),
-    f"{TRAINER}.get_tr_and_val_datasets": (f"{BASE}.get_dataloaders",),
-    f"{TRAINER}.get_training_transforms": (f"{BASE}.get_dataloaders", VIEWS),
+    f"{TRAINER}.get_tr_and_val_datasets": (f"{BASE}.get_dataloaders", f"{DESCO}.get_tr_and_val_datasets"),
+    f"{TRAINER}.get_training_transforms": (f"{BASE}.get_dataloaders", VIEWS, f"{DESCO}.get_training_transforms"),
     f"{TRAINER}.get_validation_transforms": (f"{BASE}.get_dataloaders",),
     f"{TRAINER}._get_deep_supervision_scales": (f"{BASE}.get_dataloaders",),
     f"{TRAINER}._set_batch_size_and_oversample": (f"{BASE}.initialize",),
@@ -124,7 +126,11 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{DATASETS}: nnUNetDatasetBlosc2.load_case": (f"{DATASET}.load_case",),
     f"{DATASETS}: nnUNetDatasetBlosc2.get_identifiers": (f"{DATASET}.get_identifiers",),
     f"{DATASETS}: nnUNetDatasetBlosc2.save_case": ("plans/preprocessing.py: _save_image",),
-    f"{DATASETS}: comp_blosc2_params": ("plans/preprocessing.py: _save_image", f"{PSEUDO_LABELS}: _write_case"),
+    f"{DATASETS}: comp_blosc2_params": (
+        "plans/preprocessing.py: _save_image",
+        f"{PSEUDO_LABELS}: _write_case",
+        "lgssl_nnunet/data/sparse.py: write_annotation",
+    ),
     f"{DATASETS}: infer_dataset_class": ("plans/preprocessing.py: CaseFolders",),
     "batchgenerators/dataloading/data_loader.py: DataLoader.get_indices": (f"{BATCHES}.batch",),
     f"{SLIM_LOADER}.__init__": (f"{BATCHES}.__init__",),

@@ -76,6 +76,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         pairs_batches: whether the method needs as many unlabelled as labelled patches in a step.
         memory_factor: memory of a step relative to LGSSLTrainer's, for which the planner sizes patch and batch.
         supports_regions: whether the method trains region-based labels; if not, they are refused.
+        supports_sparse_annotation: whether the method trains on two propagated slices per case; if not, they are
+            refused.
     """
 
     hyperparameters: ClassVar[Any] = NoHyperparameters()
@@ -83,6 +85,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     pairs_batches: ClassVar[bool] = False
     memory_factor: ClassVar[float] = 1.0
     supports_regions: ClassVar[bool] = True
+    supports_sparse_annotation: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -268,6 +271,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             raise UsageError(
                 f"{name} needs one class per voxel, and the labels in dataset.json are overlapping regions: choose "
                 "another trainer, for example LGSSLTrainer, or define classes that exclude each other."
+            )
+        sparse = plans["lgssl"].get("sparse_annotation")
+        if sparse is not None and not cls.supports_sparse_annotation:
+            raise PlansError(
+                f"{plans_name} have two labelled slices per case, and {name} needs whole labels: train DeSCOTrainer, "
+                f"or name {sparse['planned_as']} with -p."
             )
         planned = PlansManager(plans).get_configuration(configuration)
         if planned.previous_stage_name is not None:
