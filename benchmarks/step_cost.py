@@ -43,6 +43,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -316,6 +317,7 @@ def measure(subjects: list[Subject], parts: Mapping[str, Part], args: argparse.N
         for gradient in (True, False)
     ]
     for turn in range(args.rounds):
+        print(f"round {turn + 1} of {args.rounds}", file=sys.stderr)
         for seconds, work in works if turn % 2 == 0 else reversed(works):
             times = [seconds_of(lambda n=n, work=work: work(n), args.device) for n in range(args.steps + 1)]
             seconds.append(times[1:])
@@ -385,6 +387,7 @@ def prepare_all(args: argparse.Namespace) -> list[Subject]:
     """Prepare SupervisedTrainer and the asked trainers, and say which of them refuse these plans."""
     subjects = []
     for cell in dict.fromkeys([REFERENCE, *(args.trainers or trainer_names())]):
+        print(f"preparing {cell}", file=sys.stderr)
         try:
             subject = prepare(cell, args)
         except LGSSLError as error:
