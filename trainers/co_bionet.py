@@ -34,8 +34,8 @@ class CoBioNetHyperparameters:
         adversarial_weight: mu, weight of the adversarial term relative to the consistency weight.
         critic_learning_rate: of the critics' AdamW.
         critic_weight_decay: of the critics' AdamW.
-        critic_voxels: voxels per patch on which critics are trained and answered; 0 for all, at much more memory.
-        spatial_critic: critics with 3x3x3 kernels, on boxes of `critic_voxels`, instead of single voxels.
+        critic_voxels: voxels per patch that the adversarial term and the critics' training see; 0: all, in much memory.
+        spatial_critic: critics with 3x3x3 kernels, trained on boxes of `critic_voxels`, instead of voxel by voxel.
     """
 
     supervised_weight: float = 0.7
