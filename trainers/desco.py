@@ -123,7 +123,7 @@ class DeSCOTrainer(SemiSupervisedTrainer):
     def _sparse_loss(self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor], turn: int) -> Tensor:
         """Return Dice and cross-entropy on one of the label maps, weighted by the distance to its slice."""
         label, steps = (finest(target)[:, channel : channel + 1] for channel in (turn, 2 + turn))
-        trust = slice_trust(self.iteration / self.num_iterations, self.hp.trust, self.hp.trust_stages)
+        trust = slice_trust(self.iteration, self.num_iterations, self.hp.trust, self.hp.trust_stages)
         weight = torch.where(steps > 0, trust ** (steps.float() - 1), 0.0)
         loss = partial(weighted_dice_and_cross_entropy, has_regions=False)
         return self.at_every_scale(loss, outputs, self.one_hot(label), weight)

@@ -36,20 +36,21 @@ def ema_decay(update: int, maximum: float) -> float:
     return min(1.0 - 1.0 / (update + 1), maximum)
 
 
-def slice_trust(progress: float, first: float, stages: int) -> float:
+def slice_trust(step: int, length: int, first: float, stages: int) -> float:
     """Return the trust in a propagated label per slice of distance: `first`, then a cosine that falls towards 0.
 
     The published schedule has six stages of 1000 iterations and takes its cosine in 40 steps: 0.95, 0.9455, 0.7612,
-    0.5, 0.2730 and 0.0737. Here it is a function of progress.
+    0.5, 0.2730 and 0.0737.
 
     Source: DeSCO (2023); methods.md section 9.
 
     Args:
-        progress: share of the training that is done.
+        step: current iteration.
+        length: iterations of the training.
         first: trust in the first stage.
         stages: number of equal stages.
     """
-    stage = int(progress * stages + 1e-9)  # 3 / 6 * 6 must not fall into the stage before
+    stage = step * stages // length
     return first if stage == 0 else 0.5 * (math.cos(math.pi * (40 * stage // stages) / 40) + 1.0)
 
 

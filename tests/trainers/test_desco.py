@@ -353,15 +353,12 @@ def test_a_missing_annotation_is_an_error_and_no_reason_to_read_the_whole_label(
 
 
 def test_the_trust_in_propagated_labels_follows_the_published_table():
-    table = [slice_trust(iteration / 6000, 0.95, 6) for iteration in range(0, 6000, 1000)]
+    table = [slice_trust(iteration, 6000, 0.95, 6) for iteration in range(0, 6000, 1000)]
     assert table == pytest.approx([0.95, 0.9455, 0.7612, 0.5, 0.2730, 0.0737], abs=5e-5)
-    assert slice_trust(999 / 6000, 0.95, 6) == 0.95
-    assert slice_trust(1999 / 6000, 0.95, 6) == table[1]
-    # The share of any number of iterations, also where it is no exact binary fraction.
-    for total in (6, 60, 250_000, 102, 7 * 6):
-        for stage in range(6):
-            assert slice_trust(-(-stage * total // 6) / total, 0.95, 6) == table[stage]
-    assert slice_trust(0.5, 0.95, 2) == 0.5
+    assert [slice_trust(1000 * stage + 999, 6000, 0.95, 6) for stage in range(6)] == table
+    for length in (6, 102, 250_000):
+        assert [slice_trust(-(-stage * length // 6), length, 0.95, 6) for stage in range(6)] == table
+    assert [slice_trust(step, 4, 0.8, 2) for step in range(4)] == [0.8, 0.8, 0.5, 0.5]
 
 
 def annotated(trainer, steps=None) -> LabeledBatch:
