@@ -96,6 +96,21 @@ def test_propagation_ends_where_nothing_is_left_of_the_label():
     assert len(calls) == 2
 
 
+def test_the_label_is_opened_and_closed_after_every_step_and_the_labelled_slice_stays():
+    label = np.zeros((20, 20), np.int16)
+    label[4:16, 4:12] = 1
+    smooth = label.copy()
+    label[9, 12:16] = 1  # a spike
+
+    def growing(fixed, moving, label, spacing):
+        carried = label.copy()
+        carried[2:5, 7] = 1  # another one
+        return carried
+
+    found = propagate(np.random.default_rng(0).normal(size=(4, 20, 20)), label, 0, 1, SPACING, growing)
+    assert np.array_equal(found, np.stack([smooth, label, smooth, smooth]))
+
+
 def test_slices_without_contrast_or_too_thin_to_register_take_the_label_over():
     label = np.ones((12, 12), np.int16)
 
