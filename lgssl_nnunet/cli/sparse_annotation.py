@@ -16,8 +16,8 @@ propagates only what is missing or has changed."""
 
 _EXAMPLES = """\
 examples:
-  lgssl_sparse_annotation 501
-  lgssl_sparse_annotation 501 -p LGSSLPlans_labeled8 --slices annotated.json
+  lgssl_sparse_annotation -d 501
+  lgssl_sparse_annotation -d 501 -p LGSSLPlans_labeled8 --slices annotated.json
   lgssl_train 501 3d_fullres DeSCOTrainer -p LGSSLPlans_labeled8_orthogonal
 
 annotated.json: {"case_01": {"z": 40, "y": 112}, ...}, slices of the image file counted from 0
@@ -27,7 +27,7 @@ exit status: 0 done, 2 plans, labels or slices that cannot be used (all are name
 def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     parser = command_parser("lgssl_sparse_annotation", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("dataset", help="dataset id or name, such as 501")
+    parser.add_argument("-d", required=True, metavar="DATASET", help="dataset id or name, such as 501 (required)")
     parser.add_argument("-p", metavar="PLANS", help="plans name (default: the newest plans of the dataset)")
     parser.add_argument(
         "-c",
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from lgssl_nnunet.plans.sparse_annotation import sparse_annotation
 
     file = sparse_annotation(
-        arguments.dataset,
+        arguments.d,
         plans=arguments.p,
         configurations=arguments.c,
         slices=arguments.slices,

@@ -88,8 +88,8 @@ def settle_source(folder: Path, models: Sequence[TrainedModel], fold: int | str)
     record = read_json_if_valid(folder / SOURCE_RECORD)
     if record is None:
         model = models[0]
-        others = f" (the newest of {len(models)})" if len(models) > 1 else ""
-        logger.info("Pseudo-labels are written by %s, fold %s%s.", model.folder, fold, others)
+        if len(models) > 1:
+            logger.info("Of %d finished models that fit, %s is the newest and labels.", len(models), model.folder)
         write_json({"model": model.folder.name, "fold": str(fold), **_signature(model, fold)}, folder / SOURCE_RECORD)
         return model
     model = next((model for model in models if model.folder.name == record["model"]), None)

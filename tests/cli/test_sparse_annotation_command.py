@@ -19,7 +19,7 @@ def calls(monkeypatch):
 
 
 def test_every_flag_reaches_the_function(calls, capsys):
-    words = "501 -p MyPlans -c 3d_fullres 3d_lowres --slices s.json --registration ants -np 3 --no_pbar"
+    words = "-d 501 -p MyPlans -c 3d_fullres 3d_lowres --slices s.json --registration ants -np 3 --no_pbar"
     assert main(words.split()) == 0
     expected = {
         "plans": "MyPlans",
@@ -34,7 +34,7 @@ def test_every_flag_reaches_the_function(calls, capsys):
 
 
 def test_without_flags_the_newest_plans_and_3d_fullres_are_annotated(calls):
-    assert main(["501", "-np", "0"]) == 0
+    assert main(["-d", "501", "-np", "0"]) == 0
     expected = {
         "plans": None,
         "configurations": ["3d_fullres"],
@@ -51,7 +51,7 @@ def test_a_refusal_is_one_sentence_and_exit_status_two(monkeypatch, capsys):
         raise PlansError("These plans cannot be used.")
 
     monkeypatch.setattr(module, "sparse_annotation", refuse)
-    assert main(["501"]) == 2
+    assert main(["-d", "501"]) == 2
     assert capsys.readouterr().err.endswith("error: These plans cannot be used.\n")
 
 

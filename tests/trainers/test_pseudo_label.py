@@ -165,7 +165,7 @@ def test_the_newest_source_is_recorded_with_its_checkpoint_and_logged(source, of
     newer = another_run(older, "LGSSLCPUPlans_e9", age=-10)
     with caplog.at_level("INFO", logger=pseudo_labels.__name__):
         trainer = of_round()
-    assert f"written by {newer}, fold all (the newest of 2)" in caplog.text
+    assert f"Of 2 finished models that fit, {newer} is the newest" in caplog.text
     record = json.loads((trainer.label_folder / "source.json").read_text())
     assert record.pop("sha256") != ""
     assert record == {"model": newer.name, "fold": "all", "checkpoint": FINAL_CHECKPOINT}
