@@ -1,6 +1,6 @@
 """Writes docs/trainers.md from the docstrings of the trainers: sources, deviations and every hyper-parameter.
 
-    python docs/write_trainers.py
+Run it as `python docs/write_trainers.py` after changing one of them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def table(hyperparameters: object) -> str:
 def description(name: str) -> str:
     """Return the section of one trainer, without references to what is not in this repository."""
     trainer = find_trainer(name)
-    text = re.sub(r";?\s+methods\.md[^.;]*(?:\d\.\d[^.;]*)*(?=[.;])", "", inspect.getdoc(trainer))
+    # A reference ends at a full stop that is not inside of a number.
+    text = re.sub(r";\s+methods\.md.*?(?=\.\s|\.\Z|;)", "", inspect.getdoc(trainer), flags=re.DOTALL)
     return f"## {name}\n\n{text}\n\n{table(trainer.hyperparameters)}\n"
 
 

@@ -294,6 +294,8 @@ def _check_trainer(
 ) -> None:
     """Let the method refuse the run before processes are started, where a refusal would be a traceback."""
     if "lgssl" in plans:
+        if not trainer_class.supports_several_gpus:
+            raise UsageError(f"{trainer_class.__name__} trains on one GPU only: leave out -num_gpus.")
         dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
         trainer_class.check_request(plans, configuration, fold, dataset_json)
 

@@ -37,7 +37,7 @@ PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
 MAKE_PLANS = "plans/planner.py: make_plans"
-SECOND_DECODER = "lgssl_nnunet/networks.decoders.py: interpolating_decoder"
+SECOND_DECODER = "lgssl_nnunet/networks/decoders.py: interpolating_decoder"
 NETWORK = "lgssl_nnunet/networks/language_guided.py: LanguageGuidedUNet"
 TRAINING = "lgssl_nnunet/training.py"
 PLUGIN = "lgssl_nnunet/registry.py: find_trainer"
@@ -79,6 +79,9 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{TRAINER}.save_checkpoint": (f"{BASE}.save_checkpoint",),
     f"{TRAINER}.load_checkpoint": (f"{BASE}.load_checkpoint",),
     f"{TRAINER}.build_network_architecture": (
+        f"{BASE}.build_network_architecture",
+        "trainers/mcf.py: MCFTrainer.build_network_architecture",
+        "trainers/co_bionet.py: CoBioNetTrainer.build_network_architecture",
         "trainers/lg_ssl.py: LGSSLTrainer.build_network_architecture",
         f"{PREDICTOR}.load_model",
     ),
@@ -239,6 +242,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
         f"{BASE}.get_dataloaders",
     ),
     f"{UTILITIES}/label_handling/label_handling.py: LabelManager": (
+        "lgssl_nnunet/engine/labels.py: one_hot",
         "lgssl_nnunet/evaluation/evaluate.py: _label_manager",
         "plans/dataset_json.py: label_problems",
     ),
@@ -248,12 +252,17 @@ WATCHED: dict[str, tuple[str, ...]] = {
         f"{MIXIN}.static_estimate_VRAM_usage",
     ),
     f"{BLOCKS}/unet_decoder.py: UNetDecoder.__init__": (SECOND_DECODER,),
-    f"{BLOCKS}/unet_decoder.py: UNetDecoder.forward": (SECOND_DECODER, f"{NETWORK}.forward"),
+    f"{BLOCKS}/unet_decoder.py: UNetDecoder.forward": (
+        "lgssl_nnunet/networks/unet.py: decode",
+        SECOND_DECODER,
+        f"{NETWORK}.forward",
+    ),
+    "nnunetv2/training/loss/deep_supervision.py: DeepSupervisionWrapper": (f"{BASE}.at_every_scale",),
     f"{BLOCKS}/unet_decoder.py: UNetDecoder.compute_conv_feature_map_size": (f"{MIXIN}.static_estimate_VRAM_usage",),
     f"{BLOCKS}/plain_conv_encoder.py: PlainConvEncoder": (SECOND_DECODER, f"{NETWORK}.forward"),
     f"{BLOCKS}/residual_encoders.py: ResidualEncoder": (SECOND_DECODER, f"{NETWORK}.forward"),
     f"{BLOCKS}/simple_conv_blocks.py: ConvDropoutNormReLU.__init__": (
-        "lgssl_nnunet/networks.decoders.py: _upsampling_step",
+        "lgssl_nnunet/networks/decoders.py: _upsampling_step",
     ),
     f"{BLOCKS}/helper.py: convert_conv_op_to_dim": (SECOND_DECODER,),
     f"{BLOCKS}/helper.py: convert_dim_to_conv_op": ("lgssl_nnunet/text/adapter.py: AttentionPrompts",),

@@ -26,11 +26,13 @@ class ACMTHyperparameters:
         variant: rule by which voxels count as ambiguous: "entropy" of the student, "uncertainty" of its mean over noisy
             passes, "label_error" (confident learning) or "prototype" (the published Ent, MU, SErr, PErr).
         first_threshold: least entropy of an ambiguous voxel at the start, as a share of the maximum (first two rules).
-        last_threshold: the same at the end: 0.95 in the released left-atrium setting, 0.60 by the falling rule.
+        last_threshold: the same at the end: 0.95 in the released left-atrium setting (0.90 for "uncertainty"), 0.60 by
+            the falling rule.
         consistency_weight: weight of the consistency after the ramp.
         ramp_fraction: share of the iterations over which that weight rises.
         teacher_decay: decay of the moving average.
-        noise: standard deviation of the noise on the teacher's image, clipped at twice that.
+        noise: standard deviation of the noise on the teacher's image, and on the student's in the passes of the rule
+            "uncertainty", clipped at twice that.
         dropout: rate of the network's dropout.
         passes: stochastic passes of the rules "uncertainty" (published: 8) and "prototype" (published: 10).
         sampled_voxels: voxels that the rule "label_error" looks at in a step; it sorts them.
@@ -59,9 +61,11 @@ class ACMTHyperparameters:
 class ACMTTrainer(SemiSupervisedTrainer):
     """Mean Teacher's consistency, restricted to ambiguous voxels.
 
-    Source: Z. Xu et al., "Ambiguity-selective consistency regularization for mean-teacher semi-supervised medical image
-    segmentation", Medical Image Analysis 88, 2023; methods.md section 7. Every rule divides by the selected entries of
-    all C channels (the released "MU" does not), and prototypes and label errors are those of C classes.
+    Source: Z. Xu et al., "Ambiguity-selective consistency regularization for mean-teacher semi-supervised medical
+    image segmentation", Medical Image Analysis 88, 2023; methods.md section 7. Every rule divides by the selected
+    entries of all C channels (the released "MU" does not), and prototypes and label errors are those of C classes.
+    The student sees nnU-Net's intensity augmentation, and its ambiguity is that of this view (published: of the
+    clean one).
     """
 
     hyperparameters = ACMTHyperparameters()
@@ -93,8 +97,8 @@ class ACMTTrainer(SemiSupervisedTrainer):
             "consistency": Term(agreement(student, teacher, ambiguous), weight, uses_unlabeled=True),
         }
         if self.hp.variant == "prototype":
-            certainty = masked_mean(entropy(student, False), ~ambiguous)
-            terms["entropy"] = Term(certainty, weight * self.hp.entropy_weight, uses_unlabeled=True)
+            unambiguous = masked_mean(entropy(student, False), ~ambiguous)
+            terms["entropy"] = Term(unambiguous, weight * self.hp.entropy_weight, uses_unlabeled=True)
         return terms
 
     def _ambiguous(self, student: Tensor, image: Tensor) -> Tensor:

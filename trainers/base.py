@@ -75,6 +75,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             that does not use unlabelled cases.
         pairs_batches: whether the method needs as many unlabelled as labelled patches in a step.
         memory_factor: memory of a step relative to LGSSLTrainer's, for which the planner sizes patch and batch.
+        supports_several_gpus: whether several processes can train it together; if not, they are refused.
         supports_regions: whether the method trains region-based labels; if not, they are refused.
         supports_sparse_annotation: whether the method trains on two propagated slices per case; if not, they are
             refused.
@@ -84,6 +85,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     views: ClassVar[tuple[str, ...]] = ("weak",)
     pairs_batches: ClassVar[bool] = False
     memory_factor: ClassVar[float] = 1.0
+    supports_several_gpus: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
     supports_sparse_annotation: ClassVar[bool] = False
 
@@ -309,7 +311,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Build network, optimiser, loss and teacher, under the training seed."""
         seed_everything(derive_seed(self.seed, _INITIALISATION))
         super().initialize()
-        self.unlabeled_batch_size = self.unlabeled_batch_size or self.batch_size
+        # Of several processes each has its share of the planned number.
+        if self.unlabeled_batch_size in (None, self.configuration_manager.batch_size):
+            self.unlabeled_batch_size = self.batch_size
         self.num_dimensions = len(self.configuration_manager.patch_size)
         move_network(self.plain_network, self.device, self.num_dimensions)
         strides = self.configuration_manager.network_arch_init_kwargs["strides"]

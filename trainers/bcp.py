@@ -25,7 +25,7 @@ class BCPHyperparameters:
         pseudo_weight: weight of the pseudo-labelled voxels; BCP has no ramp.
         teacher_decay: decay of the moving average.
         pretraining_fraction: share of the iterations in which labelled patches are pasted into each other (stage 1);
-            published: 2,000 of 17,000.
+            published: 2,000 of 17,000. A batch of one labelled patch is left as it is then.
     """
 
     box: float = 2 / 3
@@ -42,8 +42,9 @@ class BCPTrainer(SemiSupervisedTrainer):
 
     Source: Y. Bai, D. Chen, Q. Li, W. Shen, Y. Wang, "Bidirectional Copy-Paste for Semi-Supervised Medical Image
     Segmentation", CVPR 2023; methods.md section 11. Both stages run in one training, and the last checkpoint is the
-    model (the released code starts stage 2 from a network chosen on the test list). The box is drawn per patch, and
-    pseudo-labels are not reduced to their largest component, which would be wrong for classes of several parts.
+    model (the released code starts stage 2 from a network chosen on the test list, teacher and student alike; here
+    the teacher averages from the start). The box is drawn per patch, and pseudo-labels are not reduced to their
+    largest component, which would be wrong for classes of several parts.
     """
 
     hyperparameters = BCPHyperparameters()
@@ -65,7 +66,8 @@ class BCPTrainer(SemiSupervisedTrainer):
             other_label = hard_labels(self.probabilities(self.teacher(other)), regions)
         outputs = self.network(torch.where(pasted, other, image))
         label = torch.where(pasted, other_label, label)
-        loss = partial(weighted_dice_and_cross_entropy, has_regions=regions)
+        batch_dice = self.configuration_manager.batch_dice
+        loss = partial(weighted_dice_and_cross_entropy, has_regions=regions, batch_dice=batch_dice)
         return {
             "labelled voxels": Term(self.at_every_scale(loss, outputs, label, known), uses_unlabeled=True),
             "pseudo-labelled voxels": Term(

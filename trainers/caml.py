@@ -81,9 +81,9 @@ class CAMLTrainer(SemiSupervisedTrainer):
 
     hyperparameters = CAMLHyperparameters()
     views = ("strong",)
+    supports_several_gpus = False
     supports_regions = False
-    # Two networks of one decoder, and attention, against one encoder with two decoders.
-    memory_factor = 1.3
+    memory_factor = 1.3  # two networks of one decoder, and attention, against one encoder with two decoders
 
     @classmethod
     def check_request(cls, plans: dict, configuration: str, fold: int | str, dataset_json: dict) -> None:

@@ -38,6 +38,7 @@ class CPSTrainer(SemiSupervisedTrainer):
 
     hyperparameters = CPSHyperparameters()
     views = ("strong",)
+    supports_several_gpus = False
     # Two networks of one decoder against one encoder with two decoders.
     memory_factor = 1.2
 

@@ -66,6 +66,7 @@ class DeSCOTrainer(SemiSupervisedTrainer):
 
     hyperparameters = DeSCOHyperparameters()
     views = ("strong",)
+    supports_several_gpus = False
     supports_sparse_annotation = True
     # Two networks of one decoder, each with half of the patches, against one encoder with two decoders.
     memory_factor = 0.6
@@ -105,14 +106,17 @@ class DeSCOTrainer(SemiSupervisedTrainer):
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
         """Return for each network the loss on its labelled patches and on the other's pseudo-labels."""
         weight = self.hp.pseudo_weight * self.ramp(self.hp.ramp_fraction)
-        terms = {}
+        networks, terms = (self.network, self.second), {}
+        own = [self._own_rows(labeled.image, turn) for turn in range(2)]
+        images = [unlabeled.strong[self._own_rows(unlabeled.strong, turn)] for turn in range(2)]
+        # With gradient first: older versions of torch keep the half-precision weights of a pass without one.
+        supervised = [network(labeled.image[part]) for network, part in zip(networks, own, strict=True)]
+        students = [finest(network(image)) for network, image in zip(networks, images, strict=True)]
         for turn, name in enumerate(("", " second")):
-            network, other = (self.network, self.second) if turn == 0 else (self.second, self.network)
-            own = self._own_rows(labeled.image, turn)
-            outputs, target = network(labeled.image[own]), rows(labeled.target, own)
             supervise = partial(self._sparse_loss, turn=turn) if self.is_sparse else self.supervised_loss
-            terms[f"supervised{name}"] = Term(supervise(outputs, target), 1 - weight)
-            pseudo = self._learn_from(other, network, unlabeled.strong[self._own_rows(unlabeled.strong, turn)])
+            loss = supervise(supervised[turn], rows(labeled.target, own[turn]))
+            terms[f"supervised{name}"] = Term(loss, 1 - weight)
+            pseudo = self._learn_from(networks[1 - turn], students[turn], images[turn])
             terms[f"pseudo{name}"] = Term(pseudo, weight, uses_unlabeled=True)
         return terms
 
@@ -125,12 +129,12 @@ class DeSCOTrainer(SemiSupervisedTrainer):
         label, steps = (finest(target)[:, channel : channel + 1] for channel in (turn, 2 + turn))
         trust = slice_trust(self.iteration, self.num_iterations, self.hp.trust, self.hp.trust_stages)
         weight = torch.where(steps > 0, trust ** (steps.float() - 1), 0.0)
-        loss = partial(weighted_dice_and_cross_entropy, has_regions=False)
+        batch_dice = self.configuration_manager.batch_dice
+        loss = partial(weighted_dice_and_cross_entropy, has_regions=False, batch_dice=batch_dice)
         return self.at_every_scale(loss, outputs, self.one_hot(label), weight)
 
-    def _learn_from(self, teacher: nn.Module, student: nn.Module, image: Tensor) -> Tensor:
+    def _learn_from(self, teacher: nn.Module, outputs: Tensor, image: Tensor) -> Tensor:
         regions = self.label_manager.has_regions
-        outputs = finest(student(image))
         with torch.no_grad():
             label = hard_labels(self.probabilities(teacher(image)), regions)
         mean = mean_of_passes(lambda: self.probabilities(teacher(with_noise(image, self.hp.noise))), self.hp.passes)

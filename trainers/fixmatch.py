@@ -21,7 +21,8 @@ class FixMatchHyperparameters:
         threshold: least probability of the predicted class at which a voxel becomes a pseudo-label; above 1 none does.
         pseudo_weight: weight of the pseudo-labelled term; FixMatch has no ramp.
         ramp_fraction: share of the iterations over which that weight rises.
-        cutmix: paste a box of the next patch, image and pseudo-label, into each strong view (UniMatch).
+        cutmix: paste a box of the next patch, image and pseudo-label, into each strong view (UniMatch); nothing with a
+            single unlabelled patch.
         smallest_box: least volume of that box, as a share of the patch.
         largest_box: greatest volume of that box.
     """
@@ -41,9 +42,10 @@ class FixMatchHyperparameters:
 class FixMatchTrainer(SemiSupervisedTrainer):
     """Weak-to-strong pseudo-labels above a confidence threshold, averaged over all voxels.
 
-    Source: K. Sohn et al., "FixMatch", NeurIPS 2020, with the CutMix of UniMatch (L. Yang et al., CVPR 2023); there is
-    no official 3D version, this is the recipe of methods.md section 14. Voxels below the threshold are left out, not
-    turned into background as in one released port.
+    Source: K. Sohn et al., "FixMatch", NeurIPS 2020, with the CutMix of UniMatch (L. Yang et al., CVPR 2023); there
+    is no official 3D version; methods.md section 14. The strong view is nnU-Net's own intensity augmentation at its
+    own probabilities, so about a quarter of the strong views differ from the weak ones by CutMix alone. Voxels
+    below the threshold are left out, not turned into background as in one released port.
     """
 
     hyperparameters = FixMatchHyperparameters()

@@ -22,7 +22,8 @@ class LGSSLHyperparameters:
 
     Attributes:
         prompt_mode: "attention" (any patch size), "fixed_volume" (the published token volume) or "none" (no TVSF).
-        prompt_source: "text", or the controls "random" (vectors without meaning) and "shuffled" (wrong class names).
+        prompt_source: "text", or the controls "random" (vectors without meaning) and "shuffled" (wrong class names;
+            with "attention" the prompts are a set, so there it changes little but the first random numbers).
         residual_gate: add the fused feature to the image feature, times a learnable gate; False is published.
         gate_start: value of that gate at the start.
         affine_norm: learnable scale and shift in TVSF's normalisations; False is the published form.
@@ -63,15 +64,16 @@ class LGSSLTrainer(SemiSupervisedTrainer):
     """Two decoders guided by text, and their hybrid consistency on unlabelled patches.
 
     Source: "Language-Guided Visual Representation Learning for Medical Images", repository
-    Lry777/Universal-Medical-SSL (2025); methods.md section 2, with the choices of 2.7.
+    Lry777/Universal-Medical-SSL (2025); methods.md sections 2 and 2.7.
     """
 
     hyperparameters = LGSSLHyperparameters()
     views = ("strong",)
     pairs_batches = True
 
-    @staticmethod
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
@@ -79,7 +81,7 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
         """Return the planned encoder with TVSF at the bottleneck and two decoders that upsample differently."""
-        hp = resolve(LGSSLTrainer.hyperparameters, plans_manager.plans, "LGSSLTrainer")
+        hp = resolve(cls.hyperparameters, plans_manager.plans, cls.__name__)
         return build_language_guided_unet(
             plans_manager,
             configuration_manager,

@@ -59,13 +59,15 @@ class PseudoLabelTrainer(SemiSupervisedTrainer):
 
     Source: Z. Huang et al., "Revisiting nnU-Net for Iterative Pseudo Labeling and Efficient Sliding Window Inference",
     FLARE 2022; methods.md section 15. The source model has the same plans, fold and training seed, so it has not seen
-    the validation cases either. Half of the patches are labelled (published: drawn from all cases alike, 50 of 1974
-    true), and the weights of both terms sum to 1, which leaves nnU-Net's learning rate its meaning. No case is left out
-    as unstable between rounds, which was cut by hand.
+    the validation cases either. As published, true and pseudo-labelled patches count alike by default; other than
+    published (50 of 1974 cases true, all drawn alike), half of the patches are labelled ones. The weights of both terms
+    sum to 1, which leaves nnU-Net's learning rate its meaning. No case is left out as unstable between rounds, which
+    was cut by hand.
     """
 
     hyperparameters = PseudoLabelHyperparameters()
     views = ("strong",)
+    supports_several_gpus = False
     # Twice the patches of SupervisedTrainer.
     memory_factor = 0.6
 

@@ -53,10 +53,15 @@ def prototype_labels(features: Tensor, p: Tensor, deviation: Tensor, limit: floa
     Returns:
         (B, 1, *S), the class of the nearest prototype.
     """
-    flat = features.float().transpose(0, 1).flatten(1)
-    certain_p = (p.float() * (deviation < limit)).transpose(0, 1).flatten(1)
+    with torch.autocast(features.device.type, enabled=False):  # sums over all voxels overflow half precision
+        return _prototype_labels(features.float(), p.float(), deviation, limit)
+
+
+def _prototype_labels(features: Tensor, p: Tensor, deviation: Tensor, limit: float) -> Tensor:
+    flat = features.transpose(0, 1).flatten(1)
+    certain_p = (p * (deviation < limit)).transpose(0, 1).flatten(1)
     hard = torch.zeros_like(certain_p).scatter_(0, certain_p.argmax(dim=0, keepdim=True), 1.0)
-    weight = hard * p.float().transpose(0, 1).flatten(1)
+    weight = hard * p.transpose(0, 1).flatten(1)
     mass = weight.sum(dim=1)
     prototypes = weight @ flat.T / mass.clamp(min=1e-6)[:, None]
     distance = torch.cdist(flat.T, prototypes)
@@ -89,9 +94,9 @@ def probable_label_errors(p: Tensor, labels: Tensor) -> Tensor:
     The threshold of a class is the mean probability of it over the voxels that carry its label. A voxel is counted
     towards the class of highest probability among those whose threshold it reaches; the off-diagonal entries of that
     table, scaled to the number of voxels per given label, say how many labels of class i should have been j. A voxel is
-    flagged if both of these hold: its probability of its own label is among the lowest of its label, as many as the
-    table says are wrong; and for some other class its margin over the own label is among the largest, as many as the
-    table says belong there.
+    flagged if all of these hold: another class is more probable; its probability of its own label is among the lowest
+    of its label, as many as the table says are wrong; and for some other class its margin over the own label is among
+    the largest, as many as the table says belong there.
 
     Source: the "both" rule of confident learning (C. Northcutt, L. Jiang, I. Chuang, 2021), which AC-MT (2023) uses as
     "SErr"; methods.md section 7.
@@ -111,7 +116,8 @@ def probable_label_errors(p: Tensor, labels: Tensor) -> Tensor:
     reached = torch.where(p >= threshold, p, -torch.ones_like(p))
     counted = reached.amax(dim=1) >= 0
     believed = functional.one_hot(reached.argmax(dim=1), channels).float() * counted[:, None]
-    joint = given.T @ believed
+    with torch.autocast(p.device.type, enabled=False):  # counts above 2,048 are rounded in half precision
+        joint = given.T @ believed
     joint = joint / joint.sum(dim=1, keepdim=True).clamp(min=1) * count[:, None]
     flagged = torch.zeros_like(labels, dtype=torch.bool)
     for own in range(channels):
@@ -123,7 +129,7 @@ def probable_label_errors(p: Tensor, labels: Tensor) -> Tensor:
         for other in range(channels):
             misplaced |= _lowest(p[rows, own] - p[rows, other], int(expected[other]))
         flagged[rows] = wrong & misplaced
-    return flagged
+    return flagged & (p.argmax(dim=1) != labels)
 
 
 def _lowest(values: Tensor, number: int) -> Tensor:

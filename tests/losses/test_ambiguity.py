@@ -88,3 +88,23 @@ def test_no_more_voxels_than_asked_for_are_looked_at(number):
         own = teacher.gather(1, student.argmax(dim=1, keepdim=True))
         assert flagged.any()
         assert (own[flagged] < 0.5).all()
+
+
+def test_no_label_is_flagged_that_is_the_most_probable_class():
+    torch.manual_seed(0)
+    p, labels = torch.softmax(torch.randn(3000, 3), dim=1), torch.randint(0, 3, (3000,))
+    flagged = probable_label_errors(p, labels)
+    assert flagged.any()
+    assert not (flagged & (p.argmax(dim=1) == labels)).any()
+
+
+def test_both_rules_are_the_same_under_autocast():
+    torch.manual_seed(0)
+    features, p = torch.randn(1, 4, 30, 30), torch.softmax(3 * torch.randn(1, 3, 30, 30), dim=1)
+    labels = torch.randint(0, 3, (900,))
+    flat = p.movedim(1, -1).flatten(0, -2)
+    expected = prototype_labels(features, p, torch.zeros_like(p)), probable_label_errors(flat, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = prototype_labels(features, p, torch.zeros_like(p)), probable_label_errors(flat, labels)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])

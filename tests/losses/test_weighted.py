@@ -18,12 +18,15 @@ def classes(shape=(2, 5, 6), number=3):
     return functional.one_hot(torch.randint(0, number, shape), number).movedim(-1, 1).float()
 
 
-def test_with_equal_weights_it_is_nnunets_loss_but_for_the_constant_one():
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_with_equal_weights_it_is_nnunets_loss_but_for_the_constant_one(batch_dice):
     logits, target = torch.randn(2, 3, 5, 6), classes()
-    settings = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    target[0, 0], target[0, 1:] = 1, 0  # a class that one sample lacks tells the two forms of Dice apart
+    settings = {"batch_dice": batch_dice, "smooth": 1e-5, "do_bg": False, "ddp": False}
     stock = DC_and_CE_loss(settings, {}, dice_class=MemoryEfficientSoftDiceLoss)
     expected = stock(logits, target.argmax(dim=1, keepdim=True)) + 1
-    torch.testing.assert_close(weighted_dice_and_cross_entropy(logits, target, torch.ones(2, 1, 5, 6), False), expected)
+    found = weighted_dice_and_cross_entropy(logits, target, torch.ones(2, 1, 5, 6), False, batch_dice)
+    torch.testing.assert_close(found, expected)
 
 
 def test_regions_with_equal_weights_are_nnunets_loss_but_for_the_constant_one():

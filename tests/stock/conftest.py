@@ -124,7 +124,7 @@ def in_workspace(workspace, monkeypatch):
 def differing_voxels(one: Path, other: Path) -> dict[str, int]:
     """Return by file name how many voxels of the segmentations in two folders differ.
 
-    Each must lie in the same place and show every class in more than 1 % of its voxels, or agreement means little.
+    Each must lie in the same place and show two classes or more in over 0.5 % of its voxels, or agreement means little.
     """
     names = sorted(file.name for file in one.glob("*.nii.gz"))
     assert names == sorted(file.name for file in other.glob("*.nii.gz"))
@@ -136,7 +136,7 @@ def differing_voxels(one: Path, other: Path) -> dict[str, int]:
         assert images[0].GetOrigin() == images[1].GetOrigin()
         assert images[0].GetDirection() == images[1].GetDirection()
         arrays = [sitk.GetArrayFromImage(image) for image in images]
-        assert (np.bincount(arrays[0].ravel(), minlength=3) > 0.01 * arrays[0].size).all()
+        assert (np.bincount(arrays[0].ravel()) > 0.005 * arrays[0].size).sum() >= 2
         differing[name] = int((arrays[0] != arrays[1]).sum())
     return differing
 

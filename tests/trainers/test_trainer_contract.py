@@ -293,6 +293,12 @@ def test_every_trainable_parameter_of_the_network_is_in_the_optimizer_once(name,
     assert set(optimized) == {id(p) for p in trained_parameters(trainer).values()}
 
 
+@pytest.mark.parametrize("name", GRID)
+def test_a_method_of_several_networks_says_that_it_trains_in_one_process(name, started, trainer_class):
+    trainer = started(name)
+    assert not (companions(trainer) and trainer_class(name).supports_several_gpus)
+
+
 @pytest.mark.parametrize("name", WITH_TEACHER)
 def test_the_unlabeled_terms_follow_the_teacher_and_not_the_student_itself(name, started):
     trainer, batches = after_two_steps(started(name))

@@ -60,6 +60,8 @@ def test_the_method_refuses_before_several_processes_start(train_tiny, monkeypat
     monkeypatch.setattr("lgssl_nnunet.training._train_distributed", lambda *arguments: pytest.fail("it was started"))
     with pytest.raises(UsageError, match="pairs every labelled"):
         train_tiny(trainer="LGSSLTrainer", num_gpus=2, unlabeled_batch_size=5)
+    with pytest.raises(UsageError, match="CPSTrainer trains on one GPU only"):
+        train_tiny(trainer="CPSTrainer", num_gpus=2)
 
 
 def test_cases_that_are_not_preprocessed_are_named(train_tiny, dataset):
