@@ -182,10 +182,10 @@ def test_a_run_goes_on_with_the_source_it_began_with_although_there_is_a_newer_o
 def test_a_run_does_not_go_on_with_another_source(change, source, of_round, build_trainer, tmp_path):
     model = source()
     before = contents(of_round().label_folder)
-    another_run(model, "LGSSLCPUPlans_e9")
     if change == "gone":
         shutil.rmtree(model)
     else:
+        another_run(model, "LGSSLCPUPlans_e9")
         speak_up(model)
     run = build_trainer(NAME, results=tmp_path)  # which can validate what is there
     with pytest.raises(CheckpointError, match=f"{model.name}, which is no longer there as it was: put it back"):
