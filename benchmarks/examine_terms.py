@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from lgssl_nnunet.engine.seeding import seed_everything
-from lgssl_nnunet.files import read_json
+from lgssl_nnunet.files import environment, read_json
 from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
 from lgssl_nnunet.registry import find_trainer
 
@@ -30,15 +30,15 @@ def finished(name: str, dataset: str, plans_name: str, configuration: str) -> ob
     """Return the trainer in the state of its last iteration, writing into a temporary folder."""
     folder = preprocessed_folder(dataset)
     model = Path(os.environ["nnUNet_results"]) / folder.name / f"{name}__{plans_name}__{configuration}"
-    results, os.environ["nnUNet_results"] = os.environ["nnUNet_results"], tempfile.mkdtemp()
     plans = {**load_plans(folder, plans_name), "continue_training": False}
-    trainer = find_trainer(name)(plans, configuration, "all", read_json(folder / "dataset.json"), torch.device("cpu"))
+    dataset_json = read_json(folder / "dataset.json")
+    with environment({"nnUNet_results": tempfile.mkdtemp()}):
+        trainer = find_trainer(name)(plans, configuration, "all", dataset_json, torch.device("cpu"))
     trainer.initialize()
     trainer.load_checkpoint(str(model / "fold_all" / "checkpoint_final.pth"))
     trainer.current_epoch = 0
     trainer.on_train_start()
     trainer.iteration = trainer.num_iterations - 1
-    os.environ["nnUNet_results"] = results
     return trainer
 
 

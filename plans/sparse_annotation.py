@@ -18,6 +18,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.data.sparse import annotation_file, stored_locations, stored_origin, write_annotation
+from lgssl_nnunet.data.unlabeled import mark_outside
 from lgssl_nnunet.errors import MissingDependencyError, PlansError, UsageError
 from lgssl_nnunet.files import content_hash, copy_file, environment, read_json, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
@@ -126,20 +127,9 @@ def annotate_case(
         true_slices = read_slices(label_file, settings["slices"][case], properties, plans_manager, planned, shape)
         register = REGISTRATIONS[settings["registration"]]
         annotation = annotated_volume(image[0], true_slices, planned.spacing, register)
-        _mark_outside(annotation[0], image[np.asarray(planned.use_mask_for_norm, dtype=bool)])
+        mark_outside(annotation[0], image[np.asarray(planned.use_mask_for_norm, dtype=bool)])
         locations = class_locations(true_slices, shape)
         write_annotation(annotation_file(labeled, case), annotation, origin, locations, tuple(planned.patch_size))
-
-
-def _mark_outside(label: np.ndarray, masked_channels: np.ndarray) -> None:
-    """Set background outside the body to -1 as nnU-Net does: its augmentation keeps masked channels at 0 there.
-
-    Args:
-        label: (X, Y, Z), changed.
-        masked_channels: the channels (N, X, Y, Z) that are normalised inside the body only and 0 outside.
-    """
-    if len(masked_channels):
-        label[(masked_channels == 0).all(axis=0) & (label == 0)] = -1
 
 
 def _check_registration(name: str) -> None:

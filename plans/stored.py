@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
         others = ", ".join(path.stem for path in planned if path != newest)
         logger.info("Using the newest plans, %s (others: %s; choose with -p).", newest.stem, others)
     return json.loads(newest.read_text(encoding="utf-8"))
+
+
+def planned_as(plans: Mapping[str, Any]) -> str:
+    """Return the name under which the plans were planned, before options of a run were added to it."""
+    return plans["lgssl"].get("training", {}).get("planned_as", plans["plans_name"])
+
+
+def training_seed(plans: Mapping[str, Any]) -> int:
+    """Return the training seed of the plans."""
+    return int(plans["lgssl"].get("training", {}).get("seed", 0))
 
 
 def _plans_files(dataset_folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from lgssl_nnunet.engine.perturbation import with_noise
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.losses.ambiguity import prototype_errors, sampled_label_errors
 from lgssl_nnunet.losses.consistency import agreement, masked_mean
-from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, maximal_entropy, mean_of_passes
+from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, mean_of_passes
 from lgssl_nnunet.networks.unet import DropoutUNet
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
@@ -113,6 +113,6 @@ class ACMTTrainer(SemiSupervisedTrainer):
                 lambda: self.probabilities(self.network(with_noise(image, self.hp.noise))), self.hp.passes
             )
         regions = self.label_manager.has_regions
-        maximum = maximal_entropy(student.shape[1], regions)
-        threshold = entropy_threshold(self.hp.first_threshold, self.hp.last_threshold, self.ramp(), maximum)
+        shares = self.hp.first_threshold, self.hp.last_threshold
+        threshold = entropy_threshold(*shares, self.ramp(), student.shape[1], regions)
         return entropy(student, regions) >= threshold

@@ -30,6 +30,7 @@ from lgssl_nnunet.dataset_conversion.twins import without_twins
 from lgssl_nnunet.engine import hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
+from lgssl_nnunet.engine.clipping import clip_gradients
 from lgssl_nnunet.engine.labels import annotated, one_hot
 from lgssl_nnunet.engine.logs import TermLog
 from lgssl_nnunet.engine.precision import (
@@ -46,11 +47,11 @@ from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, Trainin
 from lgssl_nnunet.files import write_atomically, write_json
 from lgssl_nnunet.losses.consistency import probabilities
 from lgssl_nnunet.networks.unet import planned_unet
+from lgssl_nnunet.plans.stored import planned_as, training_seed
 
 logger = logging.getLogger(__name__)
 
 MIN_CASES_FOR_FOLDS = 5
-GRADIENT_NORM_LIMIT = 12.0
 # Distinguishes the random numbers of initialisation and of a step (dropout, noise) from those of the data streams.
 _INITIALISATION, _STEP = 10, 11
 
@@ -109,10 +110,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not self.is_ddp:
             self.device = device  # nnU-Net replaces every GPU by the first one
         self.settings = plans["lgssl"]
-        training = self.settings.get("training", {})
-        self.seed = int(training.get("seed", 0))
+        self.seed = training_seed(plans)
         self._read_schedule(self.settings["schedule"])
-        self.unlabeled_batch_size = training.get("unlabeled_batch_size")
+        self.unlabeled_batch_size = self.settings.get("training", {}).get("unlabeled_batch_size")
         self.iteration = 0
         self.teacher: EMATeacher | None = None
         self.parts: dict[str, Any] = {}
@@ -154,8 +154,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Build what the method needs beside `self.network`, by `add_network` and `keep`; called once, seeded."""
 
     def optimizer_groups(self) -> Iterable[dict[str, Any]]:
-        """Return the optimiser's parameter groups; by default everything trainable in the network."""
-        return [{"params": [parameter for parameter in self.network.parameters() if parameter.requires_grad]}]
+        """Return the optimiser's parameter groups, by default all that is trainable: a group for each network."""
+        networks = getattr(self.network, "networks", (self.network,))
+        return [{"params": [p for p in network.parameters() if p.requires_grad]} for network in networks]
 
     def extra_steps(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> None:
         """Do what must follow the optimiser's step, such as a critic's own update."""
@@ -512,8 +513,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         folder, preprocessed = Path(self.output_folder_base), Path(self.preprocessed_dataset_folder_base)
         write_json(self.plans_manager.plans, folder / "plans.json")
         write_json(self.dataset_json, folder / "dataset.json")
-        planned_as = self.settings.get("training", {}).get("planned_as", self.plans_manager.plans_name)
-        fingerprint = preprocessed / f"dataset_fingerprint_{planned_as}.json"
+        fingerprint = preprocessed / f"dataset_fingerprint_{planned_as(self.plans_manager.plans)}.json"
         if fingerprint.is_file():
             content = fingerprint.read_bytes()
             write_atomically(folder / "dataset_fingerprint.json", lambda temporary: temporary.write_bytes(content))
@@ -578,26 +578,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if scaler is not None:
             scaler.scale(loss).backward()
             scaler.unscale_(self.optimizer)
-            self._clip_gradients()
+            clip_gradients(self.optimizer)
             scaler.step(self.optimizer)
             scaler.update()
             return
         loss.backward()
-        norm = self._clip_gradients()
+        norm = clip_gradients(self.optimizer)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(
                 f"The gradient became {float(norm)} at iteration {self.iteration} although the loss is finite: "
                 "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
             )
         self.optimizer.step()
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip each parameter group by itself and return the largest norm that was found."""
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], GRADIENT_NORM_LIMIT)
-            for group in self.optimizer.param_groups
-        ]
-        return torch.stack(norms).max()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log every term beside nnU-Net's loss."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -14,9 +12,10 @@ from lgssl_nnunet.engine.adversarial import Adversary
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_ranges, resolve
 from lgssl_nnunet.errors import UsageError
+from lgssl_nnunet.losses.adversarial import adversarial_loss, critic_loss
 from lgssl_nnunet.losses.consistency import masked_mean
 from lgssl_nnunet.losses.pseudo_labels import cross_entropy
-from lgssl_nnunet.networks.critics import VoxelCritic, adversarial_loss, critic_loss
+from lgssl_nnunet.networks.critics import VoxelCritic
 from lgssl_nnunet.networks.ensemble import NetworkPair
 from lgssl_nnunet.networks.unet import planned_unet
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
@@ -89,10 +88,6 @@ class CoBioNetTrainer(SemiSupervisedTrainer):
         ignores = PlansManager(plans).get_label_manager(dataset_json).has_ignore_label
         if resolve(cls.hyperparameters, plans, cls.__name__).spatial_critic and ignores:
             raise UsageError("spatial_critic=True needs labels in every voxel, and there is an ignore label: leave it.")
-
-    def optimizer_groups(self) -> Iterable[dict[str, Any]]:
-        """Return a group per network, so that their gradients are clipped apart."""
-        return [{"params": list(network.parameters())} for network in (self.network.first, self.network.second)]
 
     def set_up(self) -> None:
         """Build a critic per network and what trains them."""

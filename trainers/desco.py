@@ -15,7 +15,7 @@ from lgssl_nnunet.engine.hyperparameters import check_ranges
 from lgssl_nnunet.engine.perturbation import with_noise
 from lgssl_nnunet.engine.schedules import slice_trust
 from lgssl_nnunet.losses.pseudo_labels import hard_labels
-from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, maximal_entropy, mean_of_passes
+from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, mean_of_passes
 from lgssl_nnunet.losses.weighted import weighted_cross_entropy, weighted_dice_and_cross_entropy
 from lgssl_nnunet.networks.unet import DropoutUNet
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
@@ -138,6 +138,6 @@ class DeSCOTrainer(SemiSupervisedTrainer):
         with torch.no_grad():
             label = hard_labels(self.probabilities(teacher(image)), regions)
         mean = mean_of_passes(lambda: self.probabilities(teacher(with_noise(image, self.hp.noise))), self.hp.passes)
-        maximum = maximal_entropy(outputs.shape[1], regions)
-        threshold = entropy_threshold(self.hp.first_threshold, self.hp.last_threshold, self.ramp(), maximum)
+        shares = self.hp.first_threshold, self.hp.last_threshold
+        threshold = entropy_threshold(*shares, self.ramp(), outputs.shape[1], regions)
         return weighted_cross_entropy(outputs, label, entropy(mean, regions) < threshold, regions)

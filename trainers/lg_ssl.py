@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
+from torch import Tensor, nn
 
-from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
-from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill, probabilities
+from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill
 from lgssl_nnunet.networks.language_guided import PREDICTIONS, PROMPT_MODES, build_language_guided_unet
 from lgssl_nnunet.text.adapter import PROMPT_SOURCES
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
@@ -103,12 +103,12 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         n = len(labeled.image)
         first, second = self.network(torch.cat([labeled.image, unlabeled.strong]), labeled_rows=n)
         supervised = sum(
-            0.5 * self.supervised_loss([scale[:n] for scale in outputs], labeled.target) for outputs in (first, second)
+            0.5 * self.supervised_loss(rows(outputs, slice(n)), labeled.target) for outputs in (first, second)
         )
-        p1, q1 = self._split(first[0], n)
-        p2, q2 = self._split(second[0], n)
+        p1, q1 = self._split(first, n)
+        p2, q2 = self._split(second, n)
         weight = self.hp.consistency_weight * self.ramp(self.hp.ramp_fraction)
-        agree = agreement(q1, q2) if self.hp.agreement == "squared" else distill(first[0][n:], second[0][n:])
+        agree = agreement(q1, q2) if self.hp.agreement == "squared" else distill(finest(first)[n:], finest(second)[n:])
         differ = difference_agreement(p1, q1, p2, q2, detach_labeled=self.hp.detach_labeled)
         return {
             "supervised": Term(supervised),
@@ -116,6 +116,6 @@ class LGSSLTrainer(SemiSupervisedTrainer):
             "difference": Term(differ, weight * self.hp.difference_weight, uses_unlabeled=True),
         }
 
-    def _split(self, logits: torch.Tensor, num_labeled: int) -> tuple[torch.Tensor, torch.Tensor]:
-        p = probabilities(logits, self.label_manager.has_regions)
+    def _split(self, outputs: Tensor | list[Tensor], num_labeled: int) -> tuple[Tensor, Tensor]:
+        p = self.probabilities(outputs)
         return p[:num_labeled], p[num_labeled:]

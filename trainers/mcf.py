@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -74,10 +72,6 @@ class MCFTrainer(SemiSupervisedTrainer):
         """Refuse plans whose network has no other family."""
         super().check_request(plans, configuration, fold, dataset_json)
         as_plain(PlansManager(plans).get_configuration(configuration))
-
-    def optimizer_groups(self) -> Iterable[dict[str, Any]]:
-        """Return a group per network, so that their gradients are clipped apart."""
-        return [{"params": list(network.parameters())} for network in (self.network.first, self.network.second)]
 
     def set_up(self) -> None:
         """Tell the networks whether their channels are regions."""

@@ -14,12 +14,11 @@ from lgssl_nnunet.inference.models import TrainedModel
 from lgssl_nnunet.inference.pseudo_labels import (
     SOURCE_RECORD,
     models_of_same_data,
-    planned_as,
     settle_source,
-    training_seed,
     write_pseudo_labels,
 )
 from lgssl_nnunet.paths import data_folders, dataset_number
+from lgssl_nnunet.plans.stored import planned_as, training_seed
 from lgssl_nnunet.registry import trainer_names
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 

@@ -10,7 +10,7 @@ from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
 from lgssl_nnunet.engine.hyperparameters import check_ranges
 from lgssl_nnunet.engine.perturbation import with_noise
 from lgssl_nnunet.losses.consistency import agreement
-from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, maximal_entropy, mean_of_passes
+from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, mean_of_passes
 from lgssl_nnunet.networks.unet import DropoutUNet
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
@@ -79,5 +79,5 @@ class UAMTTrainer(SemiSupervisedTrainer):
         return entropy(mean, self.label_manager.has_regions)
 
     def _threshold(self, channels: int) -> float:
-        maximum = maximal_entropy(channels, self.label_manager.has_regions)
-        return entropy_threshold(self.hp.first_threshold, self.hp.last_threshold, self.ramp(), maximum)
+        regions = self.label_manager.has_regions
+        return entropy_threshold(self.hp.first_threshold, self.hp.last_threshold, self.ramp(), channels, regions)

@@ -89,8 +89,7 @@ class OrthogonalDataset(UnlabeledDataset):
         """Return image (M, X, Y, Z), annotation (4, X, Y, Z), both read lazily, None and the properties."""
         image, _, _, properties = super().load_case(identifier)
         file = annotation_file(self.source_folder, identifier)
-        annotation = blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
-        return image, annotation, None, {**properties, "class_locations": stored_locations(file)}
+        return image, self.opened(file), None, {**properties, "class_locations": stored_locations(file)}
 
 
 def follow_nearest(pipeline: ComposeTransforms) -> ComposeTransforms:

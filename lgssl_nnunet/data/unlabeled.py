@@ -21,11 +21,14 @@ class UnlabeledDataset(nnUNetDatasetBlosc2):
 
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict]:
         """Return image (M, X, Y, Z) as a lazily read array, a constant -1 map (1, X, Y, Z), None and the properties."""
-        image_file = os.path.join(self.source_folder, f"{identifier}.b2nd")
-        image = blosc2.open(urlpath=image_file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
+        image = self.opened(Path(self.source_folder) / f"{identifier}.b2nd")
         segmentation = np.broadcast_to(np.int8(-1), (1, *image.shape[1:]))
         properties = load_pickle(os.path.join(self.source_folder, f"{identifier}.pkl"))
         return image, segmentation, None, {**properties, "class_locations": None}
+
+    def opened(self, file: Path) -> Any:
+        """Return a stored array that is read lazily, in the way of nnU-Net's datasets."""
+        return blosc2.open(urlpath=str(file), mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
 
     @staticmethod
     def get_identifiers(folder: str) -> list[str]:
@@ -49,9 +52,19 @@ class PseudoLabeledDataset(UnlabeledDataset):
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
         """Return image (M, X, Y, Z) and label map (1, X, Y, Z) as lazily read arrays, None and the properties."""
         image, _, _, properties = super().load_case(identifier)
-        label_file = str(self.labels / f"{identifier}.b2nd")
-        labels = blosc2.open(urlpath=label_file, mode="r", dparams={"nthreads": 1}, **self.mmap_kwargs)
+        labels = self.opened(self.labels / f"{identifier}.b2nd")
         return image, labels, None, {**properties, **load_pickle(str(self.labels / f"{identifier}.pkl"))}
+
+
+def mark_outside(label: np.ndarray, masked_channels: np.ndarray) -> None:
+    """Set background outside the body to -1 as nnU-Net does: its augmentation keeps masked channels at 0 there.
+
+    Args:
+        label: (X, Y, Z), changed.
+        masked_channels: the channels (N, X, Y, Z) that are normalised inside the body only and 0 outside.
+    """
+    if len(masked_channels):
+        label[(masked_channels == 0).all(axis=0) & (label == 0)] = -1
 
 
 class UnlabeledLoader(nnUNetDataLoader):

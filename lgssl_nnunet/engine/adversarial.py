@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lgssl_nnunet.engine.clipping import clip_gradients
 from lgssl_nnunet.errors import TrainingError
-
-GRADIENT_NORM_LIMIT = 12.0
 
 
 class Adversary:
@@ -52,11 +51,8 @@ class Adversary:
             value.backward()
         finally:
             self.critics.requires_grad_(False)
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], GRADIENT_NORM_LIMIT)
-            for group in self.optimizer.param_groups
-        ]
-        if not bool(torch.isfinite(torch.stack([value.detach(), *norms])).all()):
+        norm = clip_gradients(self.optimizer)
+        if not bool(torch.isfinite(torch.stack([value.detach(), norm])).all()):
             raise TrainingError(
                 f"The critics' loss became {float(value.detach())}, or its gradient is not finite: training stopped "
                 "before their step. Try a smaller learning rate of the critics."

@@ -16,25 +16,16 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from tqdm import tqdm
 
-from lgssl_nnunet.data.unlabeled import UnlabeledDataset
+from lgssl_nnunet.data.unlabeled import UnlabeledDataset, mark_outside
 from lgssl_nnunet.errors import CheckpointError
 from lgssl_nnunet.files import content_hash, read_json_if_valid, write_atomically, write_json
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, TrainedModel, find_models, read_model_json
 from lgssl_nnunet.inference.predictor import LGSSLPredictor
+from lgssl_nnunet.plans.stored import planned_as, training_seed
 
 logger = logging.getLogger(__name__)
 
 SOURCE_RECORD = "source.json"
-
-
-def planned_as(plans: Mapping[str, Any]) -> str:
-    """Return the name under which the plans were planned, before options of a run were added to it."""
-    return plans["lgssl"].get("training", {}).get("planned_as", plans["plans_name"])
-
-
-def training_seed(plans: Mapping[str, Any]) -> int:
-    """Return the training seed of the plans."""
-    return int(plans["lgssl"].get("training", {}).get("seed", 0))
 
 
 def models_of_same_data(
@@ -151,10 +142,7 @@ def _label_map(predictor: LGSSLPredictor, image: np.ndarray) -> np.ndarray:
     logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image))
     labels = np.asarray(predictor.label_manager.convert_logits_to_segmentation(logits))
     labels = labels.astype(np.int8 if labels.max() < 128 else np.int16)
-    masked = np.flatnonzero(predictor.configuration_manager.use_mask_for_norm)
-    if len(masked):
-        # As nnU-Net's preprocessing marks what its augmentation has to keep at 0 in these channels.
-        labels[(image[masked] == 0).all(axis=0) & (labels == 0)] = -1
+    mark_outside(labels, image[np.asarray(predictor.configuration_manager.use_mask_for_norm, dtype=bool)])
     return labels[None]
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lgssl_nnunet.engine.batches import finest
+
 
 def prototype_errors(passes: Iterable[tuple[Tensor | list[Tensor], list[Tensor]]], student: Tensor) -> Tensor:
     """Return where a prediction differs from the label of the nearest prototype.
@@ -24,9 +26,9 @@ def prototype_errors(passes: Iterable[tuple[Tensor | list[Tensor], list[Tensor]]
     """
     softened, p, features = [], 0.0, 0.0
     for logits, stages in passes:
-        finest = (logits if isinstance(logits, Tensor) else logits[0]).float()
-        softened.append(torch.sigmoid(finest / 2))
-        p = p + torch.softmax(finest, dim=1)
+        full = finest(logits).float()
+        softened.append(torch.sigmoid(full / 2))
+        p = p + torch.softmax(full, dim=1)
         features = features + stages[min(1, len(stages) - 1)].float()
     mode = "bilinear" if student.ndim == 4 else "trilinear"
     features = functional.interpolate(features / len(softened), student.shape[2:], mode=mode, align_corners=False)

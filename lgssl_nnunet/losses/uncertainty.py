@@ -50,7 +50,7 @@ def mean_of_passes(predict: Callable[[], Tensor], passes: int) -> Tensor:
         return total / passes
 
 
-def entropy_threshold(start: float, end: float, ramp: float, maximum: float) -> float:
+def entropy_threshold(start: float, end: float, ramp: float, num_channels: int, has_regions: bool) -> float:
     """Return a threshold on the entropy that moves from `start` to `end`, both as shares of the maximal entropy.
 
     Source: UA-MT (2019), 0.75 to 1, AC-MT (2023) and DeSCO (2023); methods.md sections 3, 7 and 9.
@@ -59,6 +59,7 @@ def entropy_threshold(start: float, end: float, ramp: float, maximum: float) -> 
         start: share at the beginning.
         end: share once the ramp is 1.
         ramp: progress of the ramp-up, from 0 to 1.
-        maximum: what `maximal_entropy` gives.
+        num_channels: C.
+        has_regions: channels are regions.
     """
-    return (start + (end - start) * ramp) * maximum
+    return (start + (end - start) * ramp) * maximal_entropy(num_channels, has_regions)

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 WIDTHS = (16, 32, 64)
 LEAKY_SLOPE = 0.2
@@ -93,31 +92,3 @@ class VoxelCritic(nn.Module):
             return torch.cat([torch.sigmoid(self(patch)) for patch in p.split(1)])
         pieces = p.flatten(2).split(_PIECE, dim=2)
         return torch.cat([torch.sigmoid(self(piece)) for piece in pieces], dim=2).view(p.shape)
-
-
-def critic_loss(critic: VoxelCritic, real: Tensor, fake: Tensor, weight: Tensor) -> Tensor:
-    """Return what a critic minimises: the binary cross-entropy of telling annotations (1) from predictions (0).
-
-    Args:
-        critic: the critic.
-        real: labels (B, C, *S) in 0 and 1.
-        fake: probabilities (B', C, *S'), detached.
-        weight: (B, 1, *S), 0 where `real` is no annotation.
-
-    Source: Co-BioNet (2023); methods.md section 6.
-    """
-    weight = weight.to(real.dtype).expand_as(real)
-    annotated = (weight * functional.softplus(-critic(real))).sum() / weight.sum().clamp(min=1)
-    return 0.5 * annotated + 0.5 * functional.softplus(critic(fake)).mean()
-
-
-def adversarial_loss(critic: VoxelCritic, fake: Tensor) -> Tensor:
-    """Return what a segmentation network minimises: the critic's doubt that its prediction is an annotation.
-
-    Args:
-        critic: the critic, frozen by the caller.
-        fake: probabilities (B, C, *S) with gradient.
-
-    Source: Co-BioNet (2023); methods.md section 6.
-    """
-    return functional.softplus(-critic(fake)).mean()

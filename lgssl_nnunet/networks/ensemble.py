@@ -33,6 +33,11 @@ class NetworkPair(nn.Module):
         self.second = second
         self.has_regions = has_regions
 
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """Both networks; each is optimised as a group of its own."""
+        return self.first, self.second
+
     def forward(self, x: Tensor, member: str | None = None) -> Logits | tuple[Logits, Logits]:
         """Predict, or run one network or both for a training step.
 

@@ -10,7 +10,7 @@ from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecod
 from torch import nn
 
 from lgssl_nnunet.errors import PlansError, UsageError
-from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_decoder
+from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_twin
 from lgssl_nnunet.networks.tvsf import TextVisionSelectionFusion
 from lgssl_nnunet.networks.unet import Logits, planned_unet
 from lgssl_nnunet.text.adapter import AttentionPrompts, FixedVolumePrompts, prompt_embeddings
@@ -30,7 +30,7 @@ class LanguageGuidedUNet(MultiDecoderUNet):
 
     Args:
         network: a network built from the plans, with `.encoder` and `.decoder`; its modules are taken over.
-        second_decoder: reads the same skips, see `interpolating_decoder`.
+        second_decoder: reads the same skips, see `interpolating_twin`.
         prompts: makes the prompt volume, `forward(v, labeled_rows) -> tau`; None: no text.
         fusion: fuses it in; given if and only if `prompts` is.
         dropout: rate of channel dropout on the fused bottleneck, drawn for each decoder by itself, in training only.
@@ -139,10 +139,7 @@ def build_language_guided_unet(
     if prompt_mode not in PROMPT_MODES:
         raise UsageError(f"prompt_mode {prompt_mode!r} is unknown; choose one of {', '.join(PROMPT_MODES)}.")
     network = planned_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
-    convolutions = [len(stage.convs) for stage in network.decoder.stages]
-    second_decoder = interpolating_decoder(
-        network.encoder, num_output_channels, convolutions, enable_deep_supervision, faithful=faithful_decoder
-    )
+    second_decoder = interpolating_twin(network, faithful=faithful_decoder)
     if prompt_mode == "none":
         return LanguageGuidedUNet(network, second_decoder, dropout=dropout, prediction=prediction)
     seed = plans_manager.plans.get("lgssl", {}).get("training", {}).get("seed", 0)

@@ -31,12 +31,12 @@ def test_a_certain_prediction_has_no_entropy_and_no_nan():
 
 def test_the_threshold_moves_from_its_start_to_its_end():
     # methods.md section 3: 0.521028 for two classes at the start, where the ramp-up is exp(-5).
-    assert entropy_threshold(0.75, 1.0, math.exp(-5), math.log(2)) == pytest.approx(0.521028, abs=1e-6)
-    assert entropy_threshold(0.75, 1.0, 1.0, math.log(2)) == math.log(2)
+    assert entropy_threshold(0.75, 1.0, math.exp(-5), 2, False) == pytest.approx(0.521028, abs=1e-6)
+    assert entropy_threshold(0.75, 1.0, 1.0, 2, False) == math.log(2)
 
 
 def test_the_first_threshold_keeps_voxels_above_a_probability_of_0_7846():
-    h = entropy_threshold(0.75, 1.0, math.exp(-5), math.log(2))
+    h = entropy_threshold(0.75, 1.0, math.exp(-5), 2, False)
     p = torch.tensor([0.7844, 0.7848]).view(2, 1, 1, 1)
     uncertainty = entropy(torch.cat([p, 1 - p], dim=1), False).flatten()
     assert (uncertainty < h).tolist() == [False, True]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from lgssl_nnunet.losses.adversarial import adversarial_loss, critic_loss
 from lgssl_nnunet.networks import critics
-from lgssl_nnunet.networks.critics import VoxelCritic, adversarial_loss, critic_loss
+from lgssl_nnunet.networks.critics import VoxelCritic
 
 SHAPES = {2: (6, 7), 3: (5, 6, 7)}
 
