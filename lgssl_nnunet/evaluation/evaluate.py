@@ -180,10 +180,12 @@ def _write(summary: dict[str, Any], results: list[ClassResult], summary_file: Pa
 
 
 def _write_table(results: Sequence[ClassResult], file: Path) -> None:
+    rows = [asdict(result) for result in results]
+    measured = [field.name for field in fields(ClassResult) if any(row[field.name] is not None for row in rows)]
     with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(ClassResult)])
+        writer = csv.DictWriter(stream, measured, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+        writer.writerows(rows)
 
 
 def _matching_files(reference: Path, prediction: Path, file_ending: str, chill: bool) -> list[str]:

@@ -37,6 +37,20 @@ class ClassResult:
         n_reference: voxels of the class in the reference.
         n_prediction: voxels of the class in the prediction.
         status: MEASURED, BOTH_EMPTY, REFERENCE_EMPTY or PREDICTION_EMPTY.
+        volume_similarity: 1 - |a - b| / (a + b) of the two volumes, NaN where both masks are empty.
+        hd95: 95 % Hausdorff distance in mm (the larger of the two directions).
+        assd: average symmetric surface distance in mm.
+        surface_dice: part of both surfaces that lies within the tolerance of the other, from 0 to 1.
+        hd95_medpy: MedPy's 95 % Hausdorff distance in mm (both directions pooled).
+        asd_medpy: MedPy's average surface distance in mm, from the prediction to the reference only.
+        lesions_reference: lesions (connected components) of the reference; lesion columns are for lesion classes only.
+        lesions_prediction: lesions of the prediction.
+        lesions_found: lesions of the reference that the prediction touches.
+        lesion_sensitivity: lesions_found / lesions_reference, NaN without lesions.
+        lesion_false_positives: lesions of the prediction that touch none of the reference.
+
+    Surface and lesion columns are None where they were not measured (the library is missing, no lesion class); a column
+    that was measured nowhere is not in the CSV.
     """
 
     case: str
@@ -47,6 +61,17 @@ class ClassResult:
     n_reference: int
     n_prediction: int
     status: str
+    volume_similarity: float
+    hd95: float | None = None
+    assd: float | None = None
+    surface_dice: float | None = None
+    hd95_medpy: float | None = None
+    asd_medpy: float | None = None
+    lesions_reference: int | None = None
+    lesions_prediction: int | None = None
+    lesions_found: int | None = None
+    lesion_sensitivity: float | None = None
+    lesion_false_positives: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +103,8 @@ def class_result(case: str, key: str, name: str, true_pos: int, false_pos: int, 
     status = _status(reference, prediction)
     dice = 2 * true_pos / (reference + prediction) if union else math.nan
     jaccard = true_pos / union if union else math.nan
-    return ClassResult(case, key, name, dice, jaccard, reference, prediction, status)
+    volumes = 1 - abs(reference - prediction) / (reference + prediction) if union else math.nan
+    return ClassResult(case, key, name, dice, jaccard, reference, prediction, status, volumes)
 
 
 def class_means(results: Sequence[ClassResult]) -> list[ClassMean]:

@@ -114,6 +114,7 @@ def test_the_table_per_case_lies_beside_the_summary(folders, tmp_path):
         "n_reference": "128",
         "n_prediction": "0",
         "status": "prediction empty",
+        "volume_similarity": "0.0",
     }
 
 
