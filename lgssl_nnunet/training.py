@@ -123,6 +123,45 @@ def train(
     return model_folder
 
 
+def trained_model_folder(
+    dataset: int | str,
+    configuration: str,
+    trainer: str,
+    *,
+    plans: str,
+    epochs: int | None = None,
+    iterations_per_epoch: int | None = None,
+    seed: int | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+) -> Path:
+    """Return the model folder that `train` fills when it is given the same options; nothing is written.
+
+    Args:
+        dataset: dataset id or name.
+        configuration: for example "3d_fullres".
+        trainer: name of a trainer class.
+        plans: plans name.
+        epochs: number of epochs instead of the planned one.
+        iterations_per_epoch: optimiser steps per epoch instead of the planned number.
+        seed: training seed.
+        hyperparameters: values of the method's hyper-parameters by name.
+
+    Raises:
+        UsageError: unknown names or values.
+        PlansError: no such plans.
+        CheckpointError: the folder holds a model of other plans of that name.
+    """
+    use_data_folders()
+    dataset_folder = preprocessed_folder(dataset)
+    used_plans = _derive_plans(
+        load_plans(dataset_folder, plans), find_trainer(trainer), epochs, iterations_per_epoch, None, seed,
+        hyperparameters,
+    )  # fmt: skip
+    folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
+    _refuse_other_plans(folder, used_plans)
+    return folder
+
+
 def parse_fold(fold: int | str) -> int | str:
     """Return "all" or the fold's number.
 

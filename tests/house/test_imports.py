@@ -21,7 +21,7 @@ FORBIDDEN = {
     "trainers": COMMAND_LEVEL | {"evaluation"},
     "training": {"demo", "cli", "evaluation"},
     "inference": COMMAND_LEVEL | {"trainers", "evaluation"},
-    "evaluation": COMMAND_LEVEL | {"trainers", "inference", "engine", "networks"},
+    "evaluation": {"cli", "demonstration", "nnunet_plugin"},
     "info": {"cli", "trainers", "training", "demo"},
     "demo": {"cli", "trainers"},
     "phantom": PARTS | COMMAND_LEVEL | {"plans", "trainers", "inference", "evaluation", "registry"},
