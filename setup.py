@@ -17,6 +17,7 @@ COMMANDS = (
     "train",
     "predict",
     "evaluate",
+    "benchmark",
     "info",
     "demo",
 )
@@ -48,6 +49,10 @@ setup(
         "SimpleITK>=2.2.1",
         "nibabel>=5",
         "numpy>=1.24",
+        "scipy>=1.11",
+        "pandas>=2.1",
+        "jinja2>=3.1",
+        "filelock>=3.32.7",  # before it, a forked data worker kept the lock of a process that died
         "tqdm",
         "matplotlib",
     ],
@@ -57,7 +62,9 @@ setup(
         "ants": ["antspyx>=0.6.3,<0.7"],
         # surface-distance 0.1 uses names that scipy 2 removes
         "evaluation": ["surface-distance==0.1", "MedPy>=0.5.2,<0.6", "scipy<2"],
+        "cluster": ["submitit>=1.5.4,<2"],
         "test": [
+            "submitit>=1.5.4,<2",
             "surface-distance==0.1",
             "MedPy>=0.5.2,<0.6",
             "h5py>=3.8",
