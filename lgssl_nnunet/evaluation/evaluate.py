@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
+import math
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from nnunetv2.evaluation.evaluate_predictions import (
-    compute_metrics,
-    label_or_region_to_key,
-    save_summary_json,
-)
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from lgssl_nnunet.errors import DatasetError, PlansError
-from lgssl_nnunet.evaluation.metrics import ClassResult, class_means, class_result, foreground_mean
-from lgssl_nnunet.files import write_atomically
+from lgssl_nnunet.errors import DatasetError, PlansError, UsageError
+from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion, measure_case
+from lgssl_nnunet.evaluation.evaluation_files import write_results
+from lgssl_nnunet.evaluation.lesions import lesion_class_names
+from lgssl_nnunet.evaluation.surfaces import available_columns, missing_columns
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import find_reader
 
 logger = logging.getLogger(__name__)
 
-LabelOrRegion = int | tuple[int, ...]
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+DEFAULT_TOLERANCE = 1.0
 
 
 def evaluate(
@@ -44,13 +36,17 @@ def evaluate(
     dataset_json: str | Path | Mapping[str, Any] | None = None,
     plans: str | Path | Mapping[str, Any] | None = None,
     output: str | Path | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+    lesion_classes: Sequence[str] | None = None,
+    surface_metrics: bool = True,
     num_processes: int = DEFAULT_WORKERS,
     chill: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compute Dice and Jaccard per class and case, and write nnU-Net's summary.json and a table per case.
+    """Measure overlap, surface distances and lesions per class and case; write nnU-Net's summary.json and our tables.
 
-    With worker processes a script needs the usual `if __name__ == "__main__":` around its code.
+    What the columns mean is said in `ClassResult`. The surface columns need the extra `evaluation`; without it they are
+    left out. With worker processes a script needs the usual `if __name__ == "__main__":` around its code.
 
     Args:
         reference: folder with the reference segmentations.
@@ -58,134 +54,80 @@ def evaluate(
         dataset_json: the dataset's description; by default the one that prediction left in `prediction`.
         plans: the plans; by default those in `prediction`, and without any nnU-Net's usual reading of the labels.
         output: the summary, ending in .json; by default `prediction`/summary.json. The table per case is written
-            beside it, with `_per_case.csv` instead of `.json`.
+            beside it with `_per_case.csv` instead of `.json`, the means per class with `_per_class.json`.
+        tolerance: tolerance of the surface Dice in mm.
+        lesion_classes: names of the classes whose lesions are counted; None takes those whose names say so (tumour,
+            lesion, metastasis, cancer, carcinoma, nodule, cyst ...).
+        surface_metrics: measure surface distances, which takes most of the time.
         num_processes: worker processes; 0 does the work in this process.
         chill: evaluate the cases that are there instead of refusing when predictions are missing.
         progress: show a bar over the cases (only on a terminal).
 
     Returns:
         `summary` (what is in summary.json), `cases` (`ClassResult` of each class and case), `classes` (`ClassMean` of
-        each class), `dice` and `jaccard` (means over the classes), `summary_file` and `cases_file`.
+        each class), `means` (each metric's mean over the classes), `dice` and `jaccard` (two of them), `tolerance`,
+        `summary_file`, `cases_file` and `classes_file`.
 
     Raises:
         DatasetError: missing predictions or references (all named), or segmentations that do not match.
         PlansError: dataset.json or plans.json is missing or unreadable.
+        UsageError: a tolerance that is no length, or lesion classes that dataset.json does not have.
     """
     reference, prediction = Path(reference).expanduser(), Path(prediction).expanduser()
     summary_file = Path(output).expanduser() if output else prediction / "summary.json"
     if summary_file.suffix != ".json":
         raise DatasetError(f"-o {summary_file}: the summary is JSON; give a file that ends in .json.")
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise UsageError(f"--tolerance must be a length in mm, 0 or more, not {tolerance}.")
     dataset = _read_description(dataset_json, prediction, "dataset.json", "-djfile")
     labels = _label_manager(plans, dataset, prediction)
     names = _class_names(labels)
-    files = _matching_files(reference, prediction, dataset["file_ending"], chill)
-    reader = find_reader(dataset, reference / files[0])
-    tasks = {name: (reference / name, prediction / name, reader, labels, list(names)) for name in files}
+    lesions = _lesion_classes(lesion_classes, list(names.values()))
+    ending = dataset["file_ending"]
+    files = _matching_files(reference, prediction, ending, chill)
+    columns = available_columns() if surface_metrics else ()
+    settings = CaseSettings(find_reader(dataset, reference / files[0]), labels, names, columns, tolerance, lesions)
+    if surface_metrics:
+        _tell_missing_columns()
+    tasks = {name: (name.removesuffix(ending), reference / name, prediction / name, settings) for name in files}
     bar = progress and sys.stderr.isatty()
-    measured = dict(run_cases(_measure, tasks, num_processes=num_processes, description="Evaluating", progress=bar))
+    measured = dict(run_cases(measure_case, tasks, num_processes=num_processes, description="Evaluating", progress=bar))
     _raise_failures({name: result for name, result in measured.items() if isinstance(result, CaseFailure)})
-    summary = _summary([measured[name] for name in files], list(names))
-    return _write(summary, _results(summary, names, dataset["file_ending"]), summary_file)
+    _tell_geometry({name: measured[name] for name in files}, bool(columns))
+    return write_results([measured[name] for name in files], settings, summary_file)
 
 
-@dataclass
-class _CheckedReader:
-    """A reader that refuses unknown labels and two segmentations of different shape.
-
-    nnU-Net's metric function reads reference and prediction through it, so each file is read once.
-    """
-
-    reader: BaseReaderWriter
-    allowed: frozenset[int]
-    reference: tuple[Path, tuple[int, ...]] | None = None
-
-    def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
-        """Return a segmentation (1, X, Y, Z) and its properties."""
-        try:
-            segmentation, properties = self.reader.read_seg(file)
-        except Exception as error:
-            raise DatasetError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from error
-        unknown = sorted(set(pd.unique(segmentation.ravel()).tolist()) - self.allowed)
-        if unknown:
-            raise DatasetError(f"{file} holds labels that dataset.json does not know: {unknown[:5]}")
-        if self.reference is None:
-            self.reference = (Path(file), segmentation.shape)
-        elif segmentation.shape != self.reference[1]:
-            shapes = [" x ".join(map(str, shape[1:])) for shape in (segmentation.shape, self.reference[1])]
-            raise DatasetError(f"{file} has {shapes[0]} voxels and {self.reference[0]} has {shapes[1]}")
-        return segmentation, properties
+def _lesion_classes(asked: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:
+    if asked is None:
+        return frozenset(lesion_class_names(names))
+    unknown = [name for name in asked if name not in names]
+    if unknown:
+        raise UsageError(f"--lesion_classes {' '.join(unknown)}: dataset.json has the classes {', '.join(names)}.")
+    return frozenset(asked)
 
 
-def _measure(
-    reference: Path,
-    prediction: Path,
-    reader: type[BaseReaderWriter],
-    labels: LabelManager,
-    classes: list[LabelOrRegion],
-) -> dict[str, Any]:
-    """Return nnU-Net's metrics of one case; runs in a worker process or in this one."""
-    known = [*labels.all_labels, *([labels.ignore_label] if labels.has_ignore_label else [])]
-    checked = _CheckedReader(reader(), frozenset(known))
-    return compute_metrics(str(reference), str(prediction), checked, classes, labels.ignore_label)
+def _tell_missing_columns() -> None:
+    missing = missing_columns()
+    if missing:
+        logger.warning("Left out: %s. They need pip install 'lgssl_nnunet[evaluation]'.", ", ".join(missing))
 
 
-def _summary(per_case: list[dict[str, Any]], classes: Sequence[LabelOrRegion]) -> dict[str, Any]:
-    """Return what nnU-Net puts into summary.json: each case, the mean per class, the mean over classes."""
-    metrics = list(per_case[0]["metrics"][classes[0]])
-    with warnings.catch_warnings():
-        # A class that is absent everywhere has no mean; NaN says so.
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        mean = {
-            key: {metric: np.nanmean([case["metrics"][key][metric] for case in per_case]) for metric in metrics}
-            for key in classes
-        }
-    foreground = {metric: np.mean([mean[key][metric] for key in classes]) for metric in metrics}
-    summary = {"metric_per_case": per_case, "mean": mean, "foreground_mean": foreground}
-    for part in (*per_case, mean, foreground):
-        recursive_fix_for_json_export(part)
-    return summary
-
-
-def _results(summary: Mapping[str, Any], names: Mapping[LabelOrRegion, str], file_ending: str) -> list[ClassResult]:
-    return [
-        class_result(
-            Path(case["prediction_file"]).name.removesuffix(file_ending),
-            label_or_region_to_key(key),
-            name,
-            int(case["metrics"][key]["TP"]),
-            int(case["metrics"][key]["FP"]),
-            int(case["metrics"][key]["FN"]),
+def _tell_geometry(measured: Mapping[str, CaseMeasurement], surfaces: bool) -> None:
+    """Say what a reader of the distances has to know: two different spacings, and surfaces along ignored voxels."""
+    differ = [name for name, case in measured.items() if not np.allclose(*case.spacings, rtol=1e-3)]
+    if differ and surfaces:
+        logger.warning(
+            "The voxel sizes of reference and prediction differ in %d case(s): %s. Distances are in the reference's.",
+            len(differ),
+            ", ".join(differ),
         )
-        for case in summary["metric_per_case"]
-        for key, name in names.items()
-    ]
-
-
-def _write(summary: dict[str, Any], results: list[ClassResult], summary_file: Path) -> dict[str, Any]:
-    """Write the summary and the table per case beside it, and return what `evaluate` returns."""
-    cases_file = summary_file.with_name(f"{summary_file.stem}_per_case.csv")
-    write_atomically(summary_file, lambda temporary: save_summary_json(summary, str(temporary)))
-    write_atomically(cases_file, lambda temporary: _write_table(results, temporary))
-    means = class_means(results)
-    dice, jaccard = foreground_mean(means)
-    return {
-        "summary": summary,
-        "cases": results,
-        "classes": means,
-        "dice": dice,
-        "jaccard": jaccard,
-        "summary_file": summary_file,
-        "cases_file": cases_file,
-    }
-
-
-def _write_table(results: Sequence[ClassResult], file: Path) -> None:
-    rows = [asdict(result) for result in results]
-    measured = [field.name for field in fields(ClassResult) if any(row[field.name] is not None for row in rows)]
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, measured, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    ignoring = sum(case.ignored > 0 for case in measured.values())
+    if ignoring:
+        logger.info(
+            "%d reference(s) hold ignored voxels, which are cut out of both masks: the cuts count as surface, and a "
+            "lesion that they divide as several.",
+            ignoring,
+        )
 
 
 def _matching_files(reference: Path, prediction: Path, file_ending: str, chill: bool) -> list[str]:

@@ -1,26 +1,38 @@
-"""Overlap metrics of one class in one case, and what empty masks mean: decided here, once, for every report.
+"""The metrics of one class in one case, and what empty masks mean: decided here, once, for every report.
 
-Policy: a class that is absent in reference and prediction says nothing about overlap, so the case is left out of
-the class's mean and counted; a class that is in only one of the two has Dice 0 and Jaccard 0, and is counted too.
+Policy: a class that is absent in reference and prediction says nothing about overlap and distance, so the case is left
+out of the class's means and counted; a class that is in only one of the two has Dice 0, Jaccard 0, surface Dice 0,
+volume similarity 0 and the image's diagonal as its distances, and is counted too. No library is asked about an empty
+mask: they crash, raise, or return what improves the mean.
 
-nnU-Net's summary.json comes to the same class means (it writes NaN where both are empty and leaves NaN out), but it
-counts neither, and its `foreground_mean` is NaN as soon as one class is absent from every case.
+Lesions are counted over all cases: the sensitivity of a class is lesions found / lesions there, and a case without
+lesions, where nothing was predicted either, has zero false positives.
+
+nnU-Net's summary.json comes to the same class means of Dice and Jaccard (it writes NaN where both are empty and leaves
+NaN out), but it counts neither, and its `foreground_mean` is NaN as soon as one class is absent from every case.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lgssl_nnunet.evaluation.lesions import LesionCounts
+from lgssl_nnunet.evaluation.surfaces import MEDPY_COLUMNS, SURFACE_COLUMNS
 
 MEASURED = "measured"
 BOTH_EMPTY = "both empty"
 REFERENCE_EMPTY = "reference empty"
 PREDICTION_EMPTY = "prediction empty"
 
+# What is averaged over the cases in which a class counts, in the order of the tables.
+AVERAGED = ("dice", "jaccard", "volume_similarity", *SURFACE_COLUMNS, *MEDPY_COLUMNS)
+
 POLICY = (
-    "Classes absent in reference and prediction are left out of the mean and counted as 'both empty'; "
-    "classes present in only one of them have Dice 0 and are counted as 'one empty'."
+    "Empty masks: classes absent in reference and prediction are left out of the mean and counted as 'both empty'; "
+    "classes present in only one of them have Dice, Jaccard, surface Dice and volume similarity 0 and the image's "
+    "diagonal as distance, and are counted as 'one empty'."
 )
 
 
@@ -76,7 +88,29 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class ClassMean:
-    """One class over all cases: means over the cases in which it counts (NaN if none), and how many they are."""
+    """One class over all cases.
+
+    The metrics are means over the cases in which the class counts: NaN if there are none, None if not measured.
+
+    Attributes:
+        key: label or region as in summary.json.
+        name: the class's name in dataset.json.
+        dice: mean Dice coefficient.
+        jaccard: mean Jaccard index.
+        cases: cases in which the class counts, those with one empty mask included.
+        both_empty: cases left out because both masks are empty.
+        one_empty: cases in which one of the masks is empty.
+        volume_similarity: mean volume similarity.
+        hd95: mean 95 % Hausdorff distance in mm.
+        assd: mean average symmetric surface distance in mm.
+        surface_dice: mean surface Dice.
+        hd95_medpy: mean of MedPy's 95 % Hausdorff distance in mm.
+        asd_medpy: mean of MedPy's average surface distance in mm.
+        lesions: lesions in the references of all cases; None unless the class is made of lesions.
+        lesions_found: how many of them the predictions touch.
+        lesion_sensitivity: lesions_found / lesions, NaN without lesions.
+        lesion_false_positives: predicted lesions that touch no lesion, mean per case over all cases.
+    """
 
     key: str
     name: str
@@ -85,6 +119,16 @@ class ClassMean:
     cases: int
     both_empty: int
     one_empty: int
+    volume_similarity: float = math.nan
+    hd95: float | None = None
+    assd: float | None = None
+    surface_dice: float | None = None
+    hd95_medpy: float | None = None
+    asd_medpy: float | None = None
+    lesions: int | None = None
+    lesions_found: int | None = None
+    lesion_sensitivity: float | None = None
+    lesion_false_positives: float | None = None
 
 
 def class_result(case: str, key: str, name: str, true_pos: int, false_pos: int, false_neg: int) -> ClassResult:
@@ -107,16 +151,55 @@ def class_result(case: str, key: str, name: str, true_pos: int, false_pos: int, 
     return ClassResult(case, key, name, dice, jaccard, reference, prediction, status, volumes)
 
 
+def with_surfaces(
+    result: ClassResult,
+    columns: Sequence[str],
+    measure: Callable[[], Mapping[str, float]],
+    diagonal: float,
+) -> ClassResult:
+    """Return the result with its surface columns filled, with the empty-mask policy applied.
+
+    Args:
+        result: overlap of the class.
+        columns: the surface columns that can be measured.
+        measure: returns them; called only if both masks hold something.
+        diagonal: diagonal of the image in mm.
+    """
+    if result.status == MEASURED:
+        return replace(result, **measure())
+    if result.status == BOTH_EMPTY:
+        return replace(result, **dict.fromkeys(columns, math.nan))
+    return replace(result, **{column: 0.0 if column == "surface_dice" else diagonal for column in columns})
+
+
+def with_lesions(result: ClassResult, lesions: LesionCounts) -> ClassResult:
+    """Return the result with its lesion columns filled; without lesions in the reference there is no sensitivity."""
+    return replace(
+        result,
+        lesions_reference=lesions.reference,
+        lesions_prediction=lesions.prediction,
+        lesions_found=lesions.found,
+        lesion_sensitivity=lesions.found / lesions.reference if lesions.reference else math.nan,
+        lesion_false_positives=lesions.false_positives,
+    )
+
+
 def class_means(results: Sequence[ClassResult]) -> list[ClassMean]:
     """Return the mean of each class over its cases, in the order in which the classes first appear."""
     classes = list(dict.fromkeys((result.key, result.name) for result in results))
     return [_class_mean([r for r in results if (r.key, r.name) == (key, name)]) for key, name in classes]
 
 
-def foreground_mean(means: Sequence[ClassMean]) -> tuple[float, float]:
-    """Return mean Dice and mean Jaccard over the classes that were measured at all; NaN if none was."""
-    measured = [mean for mean in means if mean.cases]
-    return _mean([mean.dice for mean in measured]), _mean([mean.jaccard for mean in measured])
+def foreground_mean(means: Sequence[ClassMean]) -> dict[str, float]:
+    """Return the mean of each metric over the classes that were measured at all (NaN if none was).
+
+    Metrics that no class has are left out.
+    """
+    values = {
+        metric: [getattr(mean, metric) for mean in means if mean.cases and getattr(mean, metric) is not None]
+        for metric in AVERAGED
+    }
+    return {metric: _mean(of) for metric, of in values.items() if of or metric in ("dice", "jaccard")}
 
 
 def _status(reference: int, prediction: int) -> str:
@@ -132,12 +215,29 @@ def _class_mean(results: Sequence[ClassResult]) -> ClassMean:
     return ClassMean(
         key=results[0].key,
         name=results[0].name,
-        dice=_mean([result.dice for result in counted]),
-        jaccard=_mean([result.jaccard for result in counted]),
         cases=len(counted),
         both_empty=len(results) - len(counted),
         one_empty=sum(result.status in (REFERENCE_EMPTY, PREDICTION_EMPTY) for result in counted),
+        **{
+            metric: _mean([getattr(result, metric) for result in counted])
+            for metric in AVERAGED
+            if getattr(results[0], metric) is not None
+        },
+        **_lesion_means(results),
     )
+
+
+def _lesion_means(results: Sequence[ClassResult]) -> dict[str, float]:
+    if results[0].lesions_reference is None:
+        return {}
+    lesions = sum(result.lesions_reference for result in results)
+    found = sum(result.lesions_found for result in results)
+    return {
+        "lesions": lesions,
+        "lesions_found": found,
+        "lesion_sensitivity": found / lesions if lesions else math.nan,
+        "lesion_false_positives": _mean([result.lesion_false_positives for result in results]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Folders of segmentations against references: nnU-Net's summary, our table per case, and refusals."""
+"""Folders of segmentations against references: nnU-Net's summary, our tables, real spacings, and refusals."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import multiprocessing.pool
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,16 +15,25 @@ import pytest
 import SimpleITK as sitk
 
 from lgssl_nnunet.cli import evaluate as command
-from lgssl_nnunet.errors import DatasetError, PlansError
+from lgssl_nnunet.errors import DatasetError, PlansError, UsageError
+from lgssl_nnunet.evaluation import surfaces
 from lgssl_nnunet.evaluation.evaluate import evaluate
+from lgssl_nnunet.evaluation.metrics import POLICY
+
+needs_surfaces = pytest.mark.skipif(
+    surfaces.missing_columns() != (), reason="needs surface-distance and MedPy (extra evaluation)"
+)
 
 LABELS = {"background": 0, "liver": 1, "tumour": 2}
 REGIONS = {"background": 0, "organ": [1, 2], "tumour": 2, "ignore": 3}
 
 
-def save(file, array):
+def save(file, array, spacing=None):
+    """Write a segmentation; `spacing` is in the order of the array's axes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.GetImageFromArray(np.asarray(array, dtype=np.uint8)), str(file))
+    image = sitk.GetImageFromArray(np.asarray(array, dtype=np.uint8))
+    image.SetSpacing([float(step) for step in (spacing or [1] * array.ndim)[::-1]])
+    sitk.WriteImage(image, str(file))
 
 
 def cube(**boxes):
@@ -105,17 +115,196 @@ def test_the_table_per_case_lies_beside_the_summary(folders, tmp_path):
     assert results["cases_file"] == tmp_path / "new" / "test_per_case.csv"
     rows = list(csv.DictReader(results["cases_file"].open()))
     assert len(rows) == 6
-    assert rows[3] | {"dice": "", "jaccard": ""} == {
-        "case": "b",
-        "key": "2",
-        "name": "tumour",
-        "dice": "",
-        "jaccard": "",
-        "n_reference": "128",
-        "n_prediction": "0",
-        "status": "prediction empty",
-        "volume_similarity": "0.0",
-    }
+    assert list(rows[0])[:9] == [
+        "case", "key", "name", "dice", "jaccard", "n_reference", "n_prediction", "status", "volume_similarity",
+    ]  # fmt: skip
+    assert list(rows[3].values())[:9] == ["b", "2", "tumour", "0.0", "0.0", "128", "0", "prediction empty", "0.0"]
+
+
+def columns(file):
+    with file.open(encoding="utf-8") as stream:
+        return next(csv.reader(stream))
+
+
+LESIONS = [
+    "lesions_reference", "lesions_prediction", "lesions_found", "lesion_sensitivity", "lesion_false_positives",
+]  # fmt: skip
+
+
+@needs_surfaces
+def test_the_table_per_case_has_surfaces_and_the_lesions_of_tumour_classes(folders):
+    rows = list(csv.DictReader(here(*folders)["cases_file"].open()))
+    assert list(rows[0])[9:] == ["hd95", "assd", "surface_dice", "hd95_medpy", "asd_medpy", *LESIONS]
+    assert [rows[0][column] for column in LESIONS] == [""] * 5
+    assert [rows[1][column] for column in LESIONS] == ["1", "1", "1", "1.0", "0"]
+    assert [rows[3][column] for column in LESIONS] == ["1", "0", "0", "0.0", "0"]
+    assert [rows[5][column] for column in LESIONS] == ["0", "0", "0", "nan", "0"]
+    diagonal = math.sqrt(3 * 8**2)
+    assert [float(rows[3][c]) for c in ("hd95", "assd", "hd95_medpy", "asd_medpy")] == pytest.approx([diagonal] * 4)
+    assert rows[3]["surface_dice"] == "0.0"
+    assert rows[5]["hd95"] == "nan"
+
+
+def test_the_means_per_class_are_written_as_json_with_the_policy(folders, tmp_path):
+    results = here(*folders, output=tmp_path / "test.json", tolerance=2.5)
+    assert results["classes_file"] == tmp_path / "test_per_class.json"
+    text = results["classes_file"].read_text()
+    assert "NaN" not in text
+    written = json.loads(text)
+    assert (written["cases"], written["tolerance_mm"], written["lesion_classes"]) == (3, 2.5, ["tumour"])
+    assert written["empty_masks"] == POLICY
+    liver, tumour = written["classes"]
+    assert liver["dice"] == results["classes"][0].dice
+    assert "lesions" not in liver
+    assert (tumour["lesions"], tumour["lesion_sensitivity"]) == (2, 0.5)
+    assert written["mean"] == results["means"]
+
+
+def test_without_the_extra_surfaces_are_left_out_and_one_sentence_says_so(folders, monkeypatch, caplog):
+    monkeypatch.setattr(surfaces, "find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        results = here(*folders)
+    assert columns(results["cases_file"])[9:] == LESIONS
+    (message,) = caplog.messages
+    assert message == (
+        "Left out: hd95, assd, surface_dice, hd95_medpy, asd_medpy. They need pip install 'lgssl_nnunet[evaluation]'."
+    )
+
+
+def test_surfaces_can_be_left_out(folders, caplog):
+    results = here(*folders, surface_metrics=False)
+    assert columns(results["cases_file"])[9:] == LESIONS
+    assert caplog.messages == []
+
+
+def test_lesion_classes_can_be_named_or_forbidden(folders):
+    liver, tumour = here(*folders, lesion_classes=["liver"], surface_metrics=False)["classes"]
+    assert (liver.lesions, liver.lesions_found, tumour.lesions) == (3, 3, None)
+    assert columns(here(*folders, lesion_classes=[], surface_metrics=False)["cases_file"])[9:] == []
+    with pytest.raises(UsageError, match=r"--lesion_classes cyst: dataset\.json has the classes liver, tumour"):
+        here(*folders, lesion_classes=["liver", "cyst"])
+
+
+@pytest.mark.parametrize("tolerance", [-1, math.nan, math.inf])
+def test_a_tolerance_that_is_no_length_is_refused(folders, tolerance):
+    with pytest.raises(UsageError, match="--tolerance must be a length in mm"):
+        here(*folders, tolerance=tolerance)
+
+
+def distances_of_two_plates(tmp_path, shape, spacing, axis, *, file="a.nii.gz", description=None):
+    """hd95 and both MedPy columns of plates that lie three voxels apart along `axis`."""
+    masks = []
+    for at in (2, 5):
+        mask = np.zeros(shape, dtype=np.uint8)
+        box = [slice(None) if size == 1 else slice(2, 9) for size in shape]
+        box[axis] = slice(at, at + 1)
+        mask[tuple(box)] = 1
+        masks.append(mask)
+    for folder, mask in zip(("reference", "prediction"), masks, strict=True):
+        save(tmp_path / folder / file, mask, spacing)
+    ending = file[file.index(".") :]
+    description = {"labels": {"background": 0, "wall": 1}, "file_ending": ending, **(description or {})}
+    (wall,) = here(tmp_path / "reference", tmp_path / "prediction", dataset_json=description)["cases"]
+    return wall.hd95, wall.hd95_medpy, wall.asd_medpy
+
+
+@needs_surfaces
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_each_axis_has_the_spacing_of_its_file(tmp_path, reader, axis):
+    spacing = (5.0, 2.0, 0.5)
+    description = {"overwrite_image_reader_writer": reader}
+    found = distances_of_two_plates(tmp_path, (12, 12, 12), spacing, axis, description=description)
+    assert found == pytest.approx((3 * spacing[axis],) * 3)
+
+
+@needs_surfaces
+@pytest.mark.parametrize("axis", [0, 1])
+def test_flat_images_are_measured_in_their_plane(tmp_path, axis):
+    spacing = (2.0, 0.5)
+    assert distances_of_two_plates(tmp_path, (12, 12), spacing, axis) == pytest.approx((3 * spacing[axis],) * 3)
+
+
+@needs_surfaces
+@pytest.mark.parametrize("single", [0, 1, 2])
+def test_images_with_an_axis_of_one_voxel_are_measured_in_their_plane(tmp_path, single):
+    shape, spacing = [12, 12], [2.0, 0.5]
+    shape.insert(single, 1)
+    spacing.insert(single, 7.0)
+    axis = (single + 1) % 3
+    assert distances_of_two_plates(tmp_path, shape, spacing, axis) == pytest.approx((3 * spacing[axis],) * 3)
+
+
+@needs_surfaces
+def test_pictures_without_a_spacing_are_measured_in_pixels(tmp_path):
+    assert distances_of_two_plates(tmp_path, (12, 12), None, 0, file="a.png") == pytest.approx((3, 3, 3))
+
+
+@needs_surfaces
+def test_a_missed_class_of_a_flat_image_costs_the_diagonal_of_its_plane(tmp_path):
+    mask = np.zeros((30, 80), dtype=np.uint8)
+    mask[3:6, 3:6] = 1
+    save(tmp_path / "reference" / "a.nii.gz", mask, (1, 0.5))
+    save(tmp_path / "prediction" / "a.nii.gz", 0 * mask, (1, 0.5))
+    description = {"labels": {"background": 0, "wall": 1}, "file_ending": ".nii.gz"}
+    (wall,) = here(tmp_path / "reference", tmp_path / "prediction", dataset_json=description)["cases"]
+    assert (wall.hd95, wall.asd_medpy) == pytest.approx((50, 50))
+
+
+@needs_surfaces
+def test_the_reference_gives_the_spacing_and_another_in_the_prediction_is_told(folders, caplog):
+    reference, prediction = folders
+    save(reference / "a.nii.gz", cube(l1=np.s_[2:3]), (4, 1, 1))
+    save(prediction / "a.nii.gz", cube(l1=np.s_[5:6]), (1, 1, 1))
+    assert here(reference, prediction)["cases"][0].hd95_medpy == pytest.approx(12)
+    assert "differ in 1 case(s): a.nii.gz" in caplog.text
+
+
+@needs_surfaces
+def test_ignored_voxels_are_in_no_mask_no_surface_and_no_lesion(folders, caplog):
+    reference, prediction = folders
+    describe(prediction, {"background": 0, "liver": 1, "tumour": 2, "ignore": 3})
+    for name in "abc":
+        save(reference / f"{name}.nii.gz", cube(l2=np.s_[1:3], l3=np.s_[4:8]))
+        save(prediction / f"{name}.nii.gz", cube(l1=np.s_[6:7], l2=np.s_[1:3]))
+    with caplog.at_level(logging.INFO):
+        liver, tumour = here(reference, prediction)["cases"][:2]
+    assert liver.status == "both empty"
+    assert (tumour.dice, tumour.hd95, tumour.surface_dice, tumour.lesion_false_positives) == (1, 0, 1, 0)
+    assert "3 reference(s) hold ignored voxels" in caplog.text
+
+
+@needs_surfaces
+def test_regions_have_surfaces_and_lesions_of_their_own(folders):
+    reference, prediction = folders
+    describe(prediction, REGIONS, order=[1, 2])
+    for name in "abc":
+        save(reference / f"{name}.nii.gz", cube(l1=np.s_[0:3], l2=np.s_[3:4]))
+        save(prediction / f"{name}.nii.gz", cube(l1=np.s_[0:2], l2=np.s_[2:4]))
+    organ, tumour = here(reference, prediction)["cases"][:2]
+    assert (organ.hd95_medpy, organ.surface_dice, organ.lesions_reference) == (0, 1, None)
+    assert (tumour.hd95_medpy, tumour.lesions_found) == (1, 1)
+
+
+def test_each_file_is_read_once(folders, monkeypatch):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    read, original = [], SimpleITKIO.read_seg
+    monkeypatch.setattr(SimpleITKIO, "read_seg", lambda self, file: read.append(file) or original(self, file))
+    here(*folders)
+    assert sorted(read) == sorted(str(folder / f"{name}.nii.gz") for folder in folders for name in "abc")
+
+
+def test_what_goes_to_workers_and_comes_back_can_be_sent(folders, monkeypatch):
+    import lgssl_nnunet.evaluation.evaluate as module
+
+    def by_post(function, tasks, **options):
+        for name, task in pickle.loads(pickle.dumps(tasks)).items():
+            yield name, pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(function))(*task)))
+
+    expected = here(*folders)["cases_file"].read_text()
+    monkeypatch.setattr(module, "run_cases", by_post)
+    assert here(*folders)["cases_file"].read_text() == expected
 
 
 def test_a_class_that_is_nowhere_is_no_warning_and_no_nan_in_our_mean(folders, recwarn):
@@ -183,28 +372,36 @@ def test_every_flag_of_the_command_reaches_the_function(monkeypatch, capsys):
     import lgssl_nnunet.evaluation.evaluate as module
 
     seen = {}
-    results = {"classes": [], "summary_file": "S.json", "cases_file": "S.csv"}
+    results = {
+        "classes": [], "tolerance": 2.0, "summary_file": "S.json", "cases_file": "S.csv", "classes_file": "C.json",
+    }  # fmt: skip
     monkeypatch.setattr(
         module, "evaluate", lambda *folders, **options: seen.update(options, folders=folders) or results
     )
-    words = "-djfile D -pfile P -o S.json -np 3 --chill"
+    words = "-djfile D -pfile P -o S.json -np 3 --chill --tolerance 2 --lesion_classes liver cyst --no_surface_metrics"
     assert command.main(["REFERENCE", "PREDICTION", *words.split()]) == 0
     assert seen == {
         "folders": ("REFERENCE", "PREDICTION"),
         "dataset_json": "D",
         "plans": "P",
         "output": "S.json",
+        "tolerance": 2.0,
+        "lesion_classes": ["liver", "cyst"],
+        "surface_metrics": False,
         "num_processes": 3,
         "chill": True,
     }
-    assert capsys.readouterr().out.endswith("Written: S.json, S.csv\n")
+    assert capsys.readouterr().out.endswith("Written: S.json, S.csv, C.json\n")
 
 
 def test_the_command_prints_the_table_and_where_the_files_are(folders, capsys):
     assert command.main([*map(str, folders), "-np", "0"]) == 0
     output = capsys.readouterr().out
-    assert output.splitlines()[2].split() == ["liver", "1", "0.7222", "0.6111", "3", "0", "0"]
+    liver = output.splitlines()[2].split()
+    assert (liver[:4], liver[-3:]) == (["liver", "1", "0.7222", "0.6111"], ["3", "0", "0"])
+    assert POLICY in output
     assert "summary_per_case.csv" in output
+    assert "summary_per_class.json" in output
 
 
 def test_the_command_refuses_in_one_message(folders, capsys):
