@@ -17,6 +17,7 @@ COMMANDS = (
     "train",
     "predict",
     "evaluate",
+    "report",
     "benchmark",
     "info",
     "demo",
@@ -34,6 +35,7 @@ setup(
     package_dir={f"lgssl_nnunet.{room}": room for room in ROOMS},
     package_data={
         "lgssl_nnunet": ["py.typed"],
+        "lgssl_nnunet.evaluation": ["templates/*"],
         "lgssl_nnunet.text": ["bank/*"],
         "lgssl_nnunet.plans": ["protocols/*.json"],
     },
@@ -53,6 +55,9 @@ setup(
         "pandas>=2.1",
         "jinja2>=3.1",
         "filelock>=3.32.7",  # before it, a forked data worker kept the lock of a process that died
+        "scikit-image",
+        "pillow",
+        "markupsafe>=2.1",
         "tqdm",
         "matplotlib",
     ],
@@ -63,7 +68,10 @@ setup(
         # surface-distance 0.1 uses names that scipy 2 removes
         "evaluation": ["surface-distance==0.1", "MedPy>=0.5.2,<0.6", "scipy<2"],
         "cluster": ["submitit>=1.5.4,<2"],
+        "viewer": ["ipyniivue>=2.4.4,<2.5"],
         "test": [
+            "ipyniivue>=2.4.4,<2.5",
+            "playwright>=1.40",
             "submitit>=1.5.4,<2",
             "surface-distance==0.1",
             "MedPy>=0.5.2,<0.6",

@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "train": "lgssl_nnunet.training",
     "predict": "lgssl_nnunet.inference.predict",
     "evaluate": "lgssl_nnunet.evaluation.evaluate",
+    "report": "lgssl_nnunet.evaluation.report",
     "benchmark": "lgssl_nnunet.evaluation.benchmark",
     "info": "lgssl_nnunet.installation",
     "demo": "lgssl_nnunet.demonstration",

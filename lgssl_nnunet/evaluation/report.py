@@ -1,0 +1,253 @@
+"""One self-contained page about a model or a folder of predictions: the function behind `lgssl_report`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lgssl_nnunet.errors import DatasetError, UsageError
+from lgssl_nnunet.evaluation.curves import charts
+from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
+from lgssl_nnunet.evaluation.overlays import difference_map, draw_case
+from lgssl_nnunet.evaluation.report_facts import collect_facts, ignored_label
+from lgssl_nnunet.evaluation.report_inputs import ReportCase, ReportInputs, find_inputs
+from lgssl_nnunet.evaluation.report_page import GENERATOR, CaseSection, Page, render
+from lgssl_nnunet.evaluation.report_tables import rank_cases, worst_and_best
+from lgssl_nnunet.evaluation.viewer import WITHOUT_VIEWER, ViewerCase, niivue_script, pack_case
+from lgssl_nnunet.evaluation.volumes import Volume, read_volume, windowed
+from lgssl_nnunet.files import link_file, write_atomically
+from lgssl_nnunet.plans.cases import find_reader
+
+logger = logging.getLogger(__name__)
+
+REPORT = "lgssl_report.html"
+VIEWER_CHARACTERS = 11_000_000
+
+
+def report(
+    source: str | Path,
+    *,
+    reference: str | Path | None = None,
+    images: str | Path | None = None,
+    cases: Sequence[str] | None = None,
+    num_cases: int = 6,
+    output: str | Path | None = None,
+    model_folder: str | Path | None = None,
+    dataset_json: str | Path | None = None,
+    niivue: str | Path | None = None,
+    results: Mapping[str, Any] | None = None,
+    num_processes: int = DEFAULT_WORKERS,
+    progress: bool = True,
+) -> Path:
+    """Write one HTML file that shows curves, metrics, worst and best cases, and a viewer; it opens without a network.
+
+    With worker processes a script needs the usual `if __name__ == "__main__":` around its code.
+
+    Args:
+        source: a model folder (its cross-validation is shown if there is one) or a folder of predictions.
+        reference: folder of references; by default the one in the dataset's raw folder that fits most cases.
+        images: folder of images; by default where prediction read them, or the raw folder that fits most cases.
+        cases: the cases to show instead of the worst and the best.
+        num_cases: how many cases to show, the worse half and the better half.
+        output: the file; by default lgssl_report.html in `source`.
+        model_folder: the model that made the predictions, if lgssl_predict's record does not lead to it.
+        dataset_json: the dataset's description; by default the one in `source` or of the model.
+        niivue: a self-contained build of npm's @niivue/niivue; by default the script in the package ipyniivue.
+        results: what `evaluate` returned for these cases; by default it is called.
+        num_processes: worker processes for the metrics; 0 does the work in this process.
+        progress: show bars (only on a terminal).
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        DatasetError: folders or files are missing or do not fit.
+        UsageError: cases without a prediction, or an output that is no report and would be lost.
+        MissingDependencyError: the file named in `niivue` is no NiiVue.
+    """
+    arguments = {"reference": reference, "images": images, "model_folder": model_folder, "dataset_json": dataset_json}
+    folders = {name: Path(value).expanduser() if value else None for name, value in arguments.items()}
+    source = Path(source).expanduser()
+    inputs = find_inputs(source, **folders)
+    file = Path(output).expanduser() if output else source / REPORT
+    _check(inputs, cases, num_cases, file)
+    script = niivue_script(Path(niivue).expanduser() if niivue else None)
+    show_bars = progress and sys.stderr.isatty()
+    if results is None and inputs.measured:
+        results = _evaluate(inputs, num_processes, show_bars)
+    shown = _shown_cases(inputs, cases, num_cases, results)
+    sections = _draw_cases(inputs, shown, results, with_viewer=script is not None, progress=show_bars)
+    page = Page(
+        inputs=inputs,
+        facts=collect_facts(inputs, _command(source, folders, cases, num_cases, output, niivue)),
+        charts=charts(inputs.folds, list(inputs.dataset_json["labels"])[1:]),
+        results=results,
+        cases=sections,
+        notes=_notes(inputs, script is None and bool(sections)),
+        niivue=script,
+    )
+    write_atomically(file, lambda temporary: temporary.write_text(render(page), encoding="utf-8"))
+    logger.info("The report is in %s (%.1f MB).", file, file.stat().st_size / 1e6)
+    return file
+
+
+def _check(inputs: ReportInputs, cases: Sequence[str] | None, num_cases: int, file: Path) -> None:
+    if num_cases < 0:
+        raise UsageError(f"--num_cases {num_cases}: it is a number of cases, 0 or more.")
+    unknown = sorted(set(cases or ()) - {case.name for case in inputs.cases})
+    if unknown:
+        known = ", ".join(case.name for case in inputs.cases[:5]) or "none"
+        raise UsageError(
+            f"--cases {' '.join(unknown)}: there is no such prediction in {inputs.source}; there is {known}."
+        )
+    if file.is_dir() or file.suffix not in (".html", ".htm"):
+        raise UsageError(f"-o {file}: the report is one file; give a name that ends in .html.")
+    if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise UsageError(f"-o {file} exists and is no report of lgssl_report; give another name.")
+
+
+def _evaluate(inputs: ReportInputs, num_processes: int, progress: bool) -> dict[str, Any]:
+    """Evaluate the cases that have a reference, from links, so that nothing is written beside the predictions."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for case in inputs.measured:
+            link_file(case.prediction, root / "prediction" / case.prediction.name)
+            link_file(case.reference, root / "reference" / case.prediction.name)
+        try:
+            return evaluate(
+                root / "reference",
+                root / "prediction",
+                dataset_json=inputs.dataset_json,
+                plans=inputs.plans,
+                output=root / "summary.json",
+                num_processes=num_processes,
+                progress=progress,
+            )
+        except DatasetError as error:
+            message = str(error).replace(str(root / "prediction"), str(inputs.measured[0].prediction.parent))
+            raise DatasetError(message.replace(str(root / "reference"), str(inputs.reference_folder))) from error
+
+
+def _shown_cases(
+    inputs: ReportInputs, cases: Sequence[str] | None, num_cases: int, results: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Return why each case is shown, by case, in the order of the page."""
+    if cases:
+        return dict.fromkeys(cases, "chosen")
+    if results is not None:
+        return worst_and_best(rank_cases(results["cases"]), num_cases)
+    return dict.fromkeys([case.name for case in inputs.cases[:num_cases]], "first in the alphabet")
+
+
+def _draw_cases(
+    inputs: ReportInputs,
+    shown: Mapping[str, str],
+    results: Mapping[str, Any] | None,
+    *,
+    with_viewer: bool,
+    progress: bool,
+) -> list[CaseSection]:
+    by_name = {case.name: case for case in inputs.cases}
+    sections = []
+    for name, reason in tqdm(shown.items(), desc="Drawing cases", unit="case", disable=not progress):
+        volumes = _Volumes(by_name[name], inputs)
+        sections.append(
+            CaseSection(
+                name=name,
+                reason=reason,
+                results=[result for result in (results or {}).get("cases", ()) if result.case == name],
+                pictures=draw_case(
+                    volumes.image,
+                    volumes.reference,
+                    volumes.prediction,
+                    volumes.maps,
+                    volumes.ignored,
+                ),
+                viewer=volumes.packed(VIEWER_CHARACTERS // len(shown)) if with_viewer else None,
+                remarks=volumes.remarks,
+            )
+        )
+    return sections
+
+
+class _Volumes:
+    """The volumes of one case on the grid of its prediction; `remarks` says what is left out and why."""
+
+    def __init__(self, case: ReportCase, inputs: ReportInputs) -> None:
+        reader = find_reader(inputs.dataset_json, case.prediction)
+        self.name = case.name
+        self.ignored = ignored_label(inputs.dataset_json)
+        self.remarks: list[str] = []
+        self.prediction = read_volume(case.prediction, reader)
+        self.reference = read_volume(case.reference, reader) if case.reference else None
+        self.image = self._background(case.image, reader, "image")
+        maps = {name: self._background(file, reader, name) for name, file in case.selection_maps.items()}
+        self.maps = {name: volume for name, volume in maps.items() if volume is not None}
+        channels = inputs.dataset_json.get("channel_names", {})
+        if self.image is not None and len(channels) > 1:
+            self.remarks.append(f"The image is the first of {len(channels)} channels ({channels.get('0', '0')}).")
+
+    def _background(self, file: Path | None, reader: type, kind: str) -> Volume | None:
+        if file is None:
+            if kind == "image":
+                self.remarks.append("No image was found; the segmentations are shown on grey.")
+            return None
+        volume = read_volume(file, reader)
+        if volume.voxels.shape != self.prediction.voxels.shape:
+            self.remarks.append(f"The {kind} has another grid than the prediction and is not shown.")
+            return None
+        return windowed(volume)
+
+    def packed(self, limit: int) -> ViewerCase:
+        labels = {"prediction": self.prediction}
+        if self.reference is not None:
+            kinds = difference_map(self.reference.voxels, self.prediction.voxels, self.ignored)
+            difference = replace(self.prediction, voxels=kinds)
+            labels = {"reference": self.reference, "prediction": self.prediction, "difference": difference}
+        return pack_case(self.name, self.image, labels, self.maps, limit)
+
+
+def _notes(inputs: ReportInputs, without_viewer: bool) -> list[str]:
+    """Return sentences on what is missing from the page, so that nothing is dropped silently."""
+    notes = []
+    unmeasured = [case.name for case in inputs.cases if not case.reference]
+    if not inputs.cases:
+        notes.append(
+            "This model has no cross-validation; to see metrics and cases, name a folder of its predictions instead."
+        )
+    elif not inputs.measured:
+        notes.append("No references were found, so there are no metrics; name their folder with -ref.")
+    elif unmeasured:
+        notes.append(f"{len(unmeasured)} predictions have no reference and no metrics: {', '.join(unmeasured)}.")
+    if inputs.without_prediction:
+        missing = ", ".join(inputs.without_prediction)
+        notes.append(f"{len(inputs.without_prediction)} references have no prediction and are not counted: {missing}.")
+    if inputs.is_model and any(case.prediction.parent.parent.name == "fold_all" for case in inputs.cases):
+        notes.append("The cases below were trained on (fold all), so their metrics say nothing about new scans.")
+    if without_viewer:
+        notes.append(WITHOUT_VIEWER)
+    return notes
+
+
+def _command(
+    source: Path,
+    folders: Mapping[str, Path | None],
+    cases: Sequence[str] | None,
+    num_cases: int,
+    output: str | Path | None,
+    niivue: str | Path | None,
+) -> list[str]:
+    flags = {"reference": "-ref", "images": "-i", "model_folder": "-m", "dataset_json": "-djfile"}
+    command = ["lgssl_report", str(source)]
+    for name, folder in folders.items():
+        command += [flags[name], str(folder)] if folder else []
+    command += ["--cases", *cases] if cases else ["--num_cases", str(num_cases)]
+    command += ["--niivue", str(niivue)] if niivue else []
+    return command + (["-o", str(output)] if output else [])

@@ -1,0 +1,148 @@
+"""The page of a report: what its template is given, and how it is filled in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lgssl_nnunet.evaluation.curves import Chart, draw
+from lgssl_nnunet.evaluation.metrics import POLICY, ClassResult
+from lgssl_nnunet.evaluation.overlays import CLASS_COLORS, DIFFERENCE_COLORS, DIFFERENCE_MEANING, CasePictures
+from lgssl_nnunet.evaluation.report_facts import Fact, class_names
+from lgssl_nnunet.evaluation.report_inputs import ReportInputs
+from lgssl_nnunet.evaluation.report_tables import heading, results_table
+from lgssl_nnunet.evaluation.viewer import ViewerCase
+
+GENERATOR = '<meta name="generator" content="lgssl_report">'
+_PACKAGE = "lgssl_nnunet.evaluation"
+_IN_HEADINGS = ("dice", "hd95")
+
+
+@dataclass(frozen=True)
+class CaseSection:
+    """One case of the page: why it is shown, its results per class, its slices, and its volumes for the viewer."""
+
+    name: str
+    reason: str
+    results: Sequence[ClassResult]
+    pictures: CasePictures
+    viewer: ViewerCase | None
+    remarks: Sequence[str]
+
+    @property
+    def headline(self) -> str:
+        """The main metrics of each class in words."""
+        return (
+            "; ".join(
+                f"{result.name}: " + ", ".join(_in_words(name, getattr(result, name, None)) for name in _IN_HEADINGS)
+                for result in self.results
+            )
+            .replace(", ;", ";")
+            .rstrip(", ")
+        )
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the page shows; `results` is what `evaluate` returned, `niivue` the viewer's script."""
+
+    inputs: ReportInputs
+    facts: Sequence[Fact]
+    charts: Sequence[Chart]
+    results: Mapping[str, Any] | None
+    cases: Sequence[CaseSection]
+    notes: Sequence[str]
+    niivue: str | None
+
+    @property
+    def title(self) -> str:
+        """The page's title: dataset and model, or the folder's name."""
+        known = {fact.name: fact.value for fact in self.facts}
+        parts = [known[name] for name in ("Dataset", "Trainer", "Plans", "Configuration") if name in known]
+        return " ".join(parts) or self.inputs.source.name
+
+
+def render(page: Page) -> str:
+    """Return the page as HTML that needs nothing but itself."""
+    environment = Environment(
+        loader=PackageLoader(_PACKAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    classes = class_names(page.inputs.dataset_json)
+    colors = {value: f"#{CLASS_COLORS[(value - 1) % len(CLASS_COLORS)]}" for value in classes}
+    return environment.get_template("report.html.j2").render(
+        page=page,
+        generator=Markup(GENERATOR),
+        style=_asset("report.css"),
+        scripts=[_asset("report.js")],
+        viewer_script=_asset("viewer.js"),
+        niivue=Markup(page.niivue or ""),
+        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        policy=POLICY,
+        class_table=results_table((page.results or {}).get("classes", ())),
+        case_table=results_table((page.results or {}).get("cases", ())),
+        means={heading(name): _number((page.results or {}).get(name)) for name in ("dice", "jaccard")},
+        charts=[(chart, Markup(draw(chart))) for chart in page.charts],
+        legend=[(classes[value], colors[value]) for value in classes],
+        differences=[(kind, DIFFERENCE_MEANING[kind], f"#{color}") for kind, color in DIFFERENCE_COLORS.items()],
+        viewer_settings=Markup(_json(_viewer_settings(page, classes, colors))),
+    )
+
+
+def _asset(name: str) -> Markup:
+    return Markup((files(_PACKAGE) / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _viewer_settings(page: Page, classes: Mapping[int, str], colors: Mapping[int, str]) -> dict[str, Any]:
+    """Return what the viewer's script needs besides the volumes: the label colours, and each case's layers."""
+    shown = [case for case in page.cases if case.viewer is not None]
+    labels = label_colors(classes, colors)
+    differences = label_colors(
+        dict(enumerate(DIFFERENCE_COLORS, 1)), {i: f"#{c}" for i, c in enumerate(DIFFERENCE_COLORS.values(), 1)}
+    )
+    cases = [
+        {
+            "name": case.name,
+            "reason": case.reason,
+            "layers": list(case.viewer.layers),
+            "remark": case.viewer.remark,
+            "center": case.viewer.center,
+        }
+        for case in shown
+    ]
+    return {"colors": {"reference": labels, "prediction": labels, "difference": differences}, "cases": cases}
+
+
+def label_colors(names: Mapping[int, str], colors: Mapping[int, str]) -> dict[str, list]:
+    """Return NiiVue's table of label colours, in which 0 is transparent.
+
+    Args:
+        names: name by label value.
+        colors: "#rrggbb" by label value.
+    """
+    rgb = [(0, 0, 0), *(tuple(bytes.fromhex(colors[value][1:])) for value in names)]
+    red, green, blue = (list(channel) for channel in zip(*rgb, strict=True))
+    alpha = [0] + [255] * len(names)
+    return {"R": red, "G": green, "B": blue, "A": alpha, "I": [0, *names], "labels": ["", *names.values()]}
+
+
+def _json(content: Any) -> str:
+    """Return JSON that may stand inside a script element."""
+    return json.dumps(content).replace("<", "\\u003c")
+
+
+def _in_words(name: str, value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "not measurable" if name == "dice" else ""
+    return f"Dice {value:.3f}" if name == "dice" else f"HD95 {value:.1f} mm"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
