@@ -35,10 +35,15 @@ def table(hyperparameters: object) -> str:
     """Return a table of names, defaults and meanings; a sentence if there are none."""
     texts = attribute_texts(type(hyperparameters))
     rows = [
-        f"| `{field.name}` | `{getattr(hyperparameters, field.name)}` | {texts[field.name]} |"
+        f"| `{field.name}` | `{shown(getattr(hyperparameters, field.name))}` | {texts[field.name]} |"
         for field in dataclasses.fields(hyperparameters)
     ]
     return "\n".join(["| name | default | meaning |", "| --- | --- | --- |", *rows]) if rows else "No hyper-parameters."
+
+
+def shown(value: object) -> str:
+    """Return a default as text, fractions to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) and value != round(value, 4) else str(value)
 
 
 def description(name: str) -> str:

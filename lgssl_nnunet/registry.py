@@ -48,9 +48,12 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         return getattr(importlib.import_module(modules[name]), name)
     stock = _find_stock_trainer(name)
     if stock is None:
-        near = difflib.get_close_matches(name, [*modules, "nnUNetTrainer"], n=3, cutoff=0.4)
+        known = {known.lower(): known for known in [*modules, "nnUNetTrainer"]}
+        near = [known[word] for word in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)]
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"There is no trainer called {name!r}: {hint}Available: {', '.join(sorted(modules))}.")
+        raise UsageError(
+            f"There is no trainer called {name!r}: {hint}Available: {', '.join(sorted(modules))}, and nnU-Net's own."
+        )
     return stock
 
 

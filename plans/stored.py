@@ -78,6 +78,12 @@ def training_seed(plans: Mapping[str, Any]) -> int:
     return int(plans["lgssl"].get("training", {}).get("seed", 0))
 
 
+def training_iterations(plans: Mapping[str, Any]) -> int:
+    """Return the number of training iterations that the plans' schedule asks for."""
+    schedule = plans["lgssl"]["schedule"]
+    return schedule["num_epochs"] * schedule["iterations_per_epoch"]
+
+
 def _plans_files(dataset_folder: Path) -> list[Path]:
     """Return the plans files with an lgssl block."""
     files = []

@@ -36,7 +36,9 @@ class FixMatchHyperparameters:
 
     def __post_init__(self) -> None:
         check_ranges(self, threshold=(0, None), pseudo_weight=(0, None), ramp_fraction=(0, 1))
-        check_ranges(self, largest_box=(0, 1), smallest_box=(0, self.largest_box))
+        check_ranges(self, largest_box=(0, 1), smallest_box=(0, 1))
+        if self.smallest_box > self.largest_box:
+            raise ValueError(f"smallest_box={self.smallest_box} must not exceed largest_box={self.largest_box}")
 
 
 class FixMatchTrainer(SemiSupervisedTrainer):

@@ -10,7 +10,7 @@ from lgssl_nnunet.data.unlabeled import PseudoLabeledDataset, UnlabeledDataset, 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
 from lgssl_nnunet.engine.hyperparameters import check_ranges, resolve
 from lgssl_nnunet.errors import CheckpointError, UsageError
-from lgssl_nnunet.inference.models import TrainedModel
+from lgssl_nnunet.inference.models import TrainedModel, read_model_json
 from lgssl_nnunet.inference.pseudo_labels import (
     SOURCE_RECORD,
     models_of_same_data,
@@ -18,7 +18,7 @@ from lgssl_nnunet.inference.pseudo_labels import (
     write_pseudo_labels,
 )
 from lgssl_nnunet.paths import data_folders, dataset_number
-from lgssl_nnunet.plans.stored import planned_as, training_seed
+from lgssl_nnunet.plans.stored import planned_as, training_iterations, training_seed
 from lgssl_nnunet.registry import trainer_names
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
@@ -31,7 +31,8 @@ class PseudoLabelHyperparameters:
     """Hyper-parameters of a round of pseudo-labelling (methods.md section 15).
 
     Attributes:
-        source: trainer whose newest finished model labels the unlabelled cases; PseudoLabelTrainer for a further round.
+        source: trainer whose finished model labels the unlabelled cases, of several the longest trained and newest;
+            PseudoLabelTrainer for a further round.
         round: number of a further round, whose source is the model of the round before; only with that source.
         pseudo_weight: weight of pseudo-labelled patches relative to labelled ones.
         oversample_foreground: make sure of pseudo-labelled foreground in as many patches as nnU-Net does of labelled.
@@ -45,7 +46,7 @@ class PseudoLabelHyperparameters:
     def __post_init__(self) -> None:
         check_ranges(self, round=(2, None), pseudo_weight=(0, None))
         if self.round > 2 and self.source != OWN_NAME:
-            raise ValueError(f"round={self.round} goes with source={OWN_NAME}")
+            raise ValueError(f"round={self.round} needs the model of the round before: add source={OWN_NAME}")
 
     @property
     def rounds_before(self) -> int:
@@ -110,7 +111,11 @@ class PseudoLabelTrainer(SemiSupervisedTrainer):
         results, plans = Path(self.output_folder_base).parent, self.plans_manager.plans
         models = self._sources(results, plans, self.configuration_name, self.fold)
         source = settle_source(self.label_folder, models, self.fold)
-        self.print_to_log_file(f"Pseudo-labels are those of {source.folder}, fold {self.fold}.")
+        theirs = training_iterations(read_model_json(source.folder, "plans.json"))
+        self.print_to_log_file(
+            f"Pseudo-labels are those of {source.folder}, fold {self.fold}, which trained for {theirs} iterations "
+            f"(this run: {self.num_iterations})."
+        )
         images = UnlabeledDataset(str(self.unlabeled_folder), self.unlabeled_cases())
         write_pseudo_labels(source, self.fold, images, self.label_folder, self.device, self.hides_progress)
         super().on_train_start()

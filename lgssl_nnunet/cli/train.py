@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         "example:\n  lgssl_train 501 3d_fullres LGSSLTrainer\n  lgssl_train 501 3d_fullres 0 -tr SupervisedTrainer",
     )
     parser.add_argument("dataset_name_or_id", help="dataset id or name, for example 501")
-    parser.add_argument("configuration", help="2d, 3d_fullres or 3d_lowres")
+    parser.add_argument("configuration", help="2d, 3d_fullres or 3d_lowres; with some protocols 3d_literature")
     parser.add_argument(
         "trainer_or_fold",
         nargs="?",
@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-tr", default=None, help="trainer class, if the third word is a fold")
     parser.add_argument("-f", default=None, help="fold: all (default, every labelled case trains) or 0 to 4")
     parser.add_argument(
-        "-p", default=None, help="plans name (default: the dataset's only LGSSL plans, else the newest)"
+        "-p", default=None, help="plans name (default: the newest that lgssl_plan_and_preprocess made)"
     )
     ours = parser.add_argument_group(
         "options that become part of the model folder's name when they differ from the plans"
@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="hyper-parameter of the method; may be repeated",
+        help="hyper-parameter of the method, listed in docs/trainers.md; may be repeated: --set dropout=0.2 --set ...",
     )
     parser.add_argument("-pretrained_weights", default=None, help="checkpoint file whose weights start the training")
     parser.add_argument("-num_gpus", type=int, default=1, help="number of GPUs (default 1)")

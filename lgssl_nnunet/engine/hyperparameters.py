@@ -39,8 +39,9 @@ def override(defaults: T, values: Mapping[str, Any], owner: str) -> T:
         except ValueError:
             problems.append(f"{name}={value!r} is not {_KINDS.get(type(fields[name]), type(fields[name]).__name__)}")
     if problems:
-        known = ", ".join(f"{name}={value}" for name, value in fields.items()) or "none"
-        raise UsageError(f"Hyper-parameters of {owner}: {'; '.join(problems)}. It has: {known}.")
+        known = ", ".join(f"{name}={value}" for name, value in fields.items())
+        listing = f"It has: {known}." if known else "It has none: leave them out."
+        raise UsageError(f"Hyper-parameters of {owner}: {'; '.join(problems)}. {listing}")
     try:
         return dataclasses.replace(defaults, **converted)
     except ValueError as error:

@@ -21,7 +21,7 @@ from lgssl_nnunet.errors import CheckpointError
 from lgssl_nnunet.files import content_hash, read_json_if_valid, write_atomically, write_json
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, TrainedModel, find_models, read_model_json
 from lgssl_nnunet.inference.predictor import LGSSLPredictor
-from lgssl_nnunet.plans.stored import planned_as, training_seed
+from lgssl_nnunet.plans.stored import planned_as, training_iterations, training_seed
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,8 @@ def models_of_same_data(
     fold: int | str,
     accepts: Callable[[Mapping[str, Any]], bool] = lambda plans: True,
 ) -> list[TrainedModel]:
-    """Return the finished models of a trainer that learnt from the same cases, preprocessed alike; the newest first.
+    """Return the finished models of a trainer that learnt from the same cases, preprocessed alike; the longest trained
+    and newest first.
 
     Args:
         dataset_results: the dataset's folder in `nnUNet_results`.
@@ -54,8 +55,9 @@ def models_of_same_data(
         if (model.dataset, model.trainer, model.configuration) == asked and str(fold) in model.finished_folds:
             theirs = read_model_json(model.folder, "plans.json")
             if _data_of(theirs) == wanted and accepts(theirs):
-                found.append(model)
-    return sorted(found, key=lambda model: model.checkpoint_file(str(fold)).stat().st_mtime_ns, reverse=True)
+                written = model.checkpoint_file(str(fold)).stat().st_mtime_ns
+                found.append((training_iterations(theirs), written, model))
+    return [model for *_, model in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 
 
 def _data_of(plans: Mapping[str, Any]) -> str:
@@ -80,7 +82,11 @@ def settle_source(folder: Path, models: Sequence[TrainedModel], fold: int | str)
     if record is None:
         model = models[0]
         if len(models) > 1:
-            logger.info("Of %d finished models that fit, %s is the newest and labels.", len(models), model.folder)
+            logger.info(
+                "Of %d finished models that fit, %s is the longest trained and newest and labels.",
+                len(models),
+                model.folder,
+            )
         write_json({"model": model.folder.name, "fold": str(fold), **_signature(model, fold)}, folder / SOURCE_RECORD)
         return model
     model = next((model for model in models if model.folder.name == record["model"]), None)

@@ -114,7 +114,7 @@ def test_without_a_finished_source_it_refuses_with_the_command_that_makes_one(
     ("values", "problem"),
     [
         ({"source": "SupervizedTrainer"}, "source=SupervizedTrainer is no trainer of this package"),
-        ({"round": 3}, "round=3 goes with source=PseudoLabelTrainer"),
+        ({"round": 3}, "round=3 needs the model of the round before: add source=PseudoLabelTrainer"),
         ({"source": NAME, "round": 1}, "round=1 must be at least 2"),
         ({"pseudo_weight": -1}, "pseudo_weight"),
     ],
@@ -132,7 +132,17 @@ def test_an_unfinished_training_is_no_source(source, build_trainer, tmp_path):
         build_trainer(NAME, results=tmp_path)
 
 
-def test_several_sources_are_sorted_by_age_whatever_their_options_and_names(source):
+def test_of_several_sources_the_longest_trained_comes_first_even_if_it_is_the_oldest(source):
+    newest = source()
+    oldest = another_run(newest, "LGSSLCPUPlans_e9", age=20)
+    plans = json.loads((oldest / "plans.json").read_text())
+    plans["lgssl"]["schedule"]["iterations_per_epoch"] += 1
+    (oldest / "plans.json").write_text(json.dumps(plans))
+    found = models_of_same_data(newest.parent, "SupervisedTrainer", plans, "3d_fullres", "all")
+    assert [model.folder for model in found] == [oldest, newest]
+
+
+def test_sources_trained_equally_long_are_sorted_by_age_whatever_their_options_and_names(source):
     newest = source()
     oldest = another_run(newest, "LGSSLCPUPlans_e9", age=20)
     between = another_run(newest, "LGSSLCPUPlans_i9", age=10)
@@ -165,7 +175,7 @@ def test_the_newest_source_is_recorded_with_its_checkpoint_and_logged(source, of
     newer = another_run(older, "LGSSLCPUPlans_e9", age=-10)
     with caplog.at_level("INFO", logger=pseudo_labels.__name__):
         trainer = of_round()
-    assert f"Of 2 finished models that fit, {newer} is the newest" in caplog.text
+    assert f"Of 2 finished models that fit, {newer} is the longest trained and newest" in caplog.text
     record = json.loads((trainer.label_folder / "source.json").read_text())
     assert record.pop("sha256") != ""
     assert record == {"model": newer.name, "fold": "all", "checkpoint": FINAL_CHECKPOINT}

@@ -57,6 +57,11 @@ def test_a_new_file_is_listed_for_every_command_without_being_imported(new_metho
         find_trainer("FrshTrainer")
 
 
+def test_a_name_in_the_wrong_case_is_recognised():
+    with pytest.raises(UsageError, match=r"'uamttrainer': did you mean UAMTTrainer or"):
+        find_trainer("uamttrainer")
+
+
 def test_a_new_file_reaches_nnunets_commands_through_the_plugin(new_method):
     from lgssl_nnunet.nnunet_plugin import lgssl_trainers
 

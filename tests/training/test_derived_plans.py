@@ -142,7 +142,7 @@ def test_unknown_hyperparameters_are_refused(derive):
         derive(hyperparameters={"ramp_fracton": "1"})
     with pytest.raises(UsageError, match="takes no hyper-parameters"):
         derive(trainer="nnUNetTrainer", hyperparameters={"weight": "1"})
-    with pytest.raises(UsageError, match="It has: none"):
+    with pytest.raises(UsageError, match="It has none: leave them out"):
         derive(trainer="SupervisedTrainer", hyperparameters={"weight": "1"})
 
 
