@@ -36,8 +36,9 @@ def models_of_same_data(
     fold: int | str,
     accepts: Callable[[Mapping[str, Any]], bool] = lambda plans: True,
 ) -> list[TrainedModel]:
-    """Return the finished models of a trainer that learnt from the same cases, preprocessed alike; the longest trained
-    and newest first.
+    """Return the finished models of a trainer that learnt from the same cases, preprocessed alike.
+
+    The longest trained comes first, of equally long ones the newest.
 
     Args:
         dataset_results: the dataset's folder in `nnUNet_results`.
