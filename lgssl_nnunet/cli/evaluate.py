@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
 
 _EXAMPLES = """\
 examples:
   lgssl_evaluate labelsTs segmentations
-  lgssl_evaluate labelsTs segmentations --tolerance 2 --lesion_classes tumour
+  lgssl_evaluate labelsTs segmentations --report --tolerance 2 --lesion_classes tumour
   lgssl_evaluate labelsTs segmentations -djfile dataset.json -pfile plans.json -o results/summary.json
 
 Prints the metrics per class and writes nnU-Net's summary.json and, beside it, summary_per_case.csv (every metric of
@@ -64,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="worker processes; 0: none (default: %(default)s)",
     )
     parser.add_argument(
+        "--report", action="store_true", help="also write lgssl_report.html beside the summary; see lgssl_report"
+    )
+    parser.add_argument(
         "--chill", action="store_true", help="evaluate the cases that are there when predictions are missing"
     )
     add_common_arguments(parser, folders=False)
@@ -93,4 +98,20 @@ def _run(arguments: argparse.Namespace) -> None:
         chill=arguments.chill,
     )
     print(class_table(results["classes"], results["tolerance"]))
-    print(f"\nWritten: {results['summary_file']}, {results['cases_file']}, {results['classes_file']}")
+    written = [results[file] for file in ("summary_file", "cases_file", "classes_file")]
+    if arguments.report:
+        written.append(_write_report(arguments, results))
+    print(f"\nWritten: {', '.join(map(str, written))}")
+
+
+def _write_report(arguments: argparse.Namespace, results: dict[str, Any]) -> Path:
+    from lgssl_nnunet.evaluation.report import REPORT, report
+
+    return report(
+        arguments.prediction,
+        reference=arguments.reference,
+        dataset_json=arguments.djfile,
+        output=results["summary_file"].with_name(REPORT),
+        results=results,
+        num_processes=arguments.np,
+    )

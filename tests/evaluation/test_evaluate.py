@@ -404,6 +404,22 @@ def test_the_command_prints_the_table_and_where_the_files_are(folders, capsys):
     assert "summary_per_class.json" in output
 
 
+def test_the_command_hands_its_results_to_the_report(folders, tmp_path, monkeypatch, capsys):
+    from lgssl_nnunet.evaluation import report as module
+
+    seen = {}
+    monkeypatch.setattr(
+        module, "report", lambda source, **options: seen.update(options, source=source) or options["output"]
+    )
+    reference, prediction = map(str, folders)
+    summary = tmp_path / "new" / "s.json"
+    assert command.main([reference, prediction, "-np", "0", "-o", str(summary), "--report"]) == 0
+    assert (seen["source"], seen["reference"], seen["num_processes"]) == (prediction, reference, 0)
+    assert seen["results"]["summary_file"] == summary
+    assert seen["output"] == tmp_path / "new" / "lgssl_report.html"
+    assert str(seen["output"]) in capsys.readouterr().out
+
+
 def test_the_command_refuses_in_one_message(folders, capsys):
     (folders[1] / "a.nii.gz").unlink()
     assert command.main([*map(str, folders), "-np", "0"]) == 2
