@@ -1,6 +1,7 @@
 """From whole labels to two orthogonal slices per labelled case: the function behind `lgssl_sparse_annotation`.
 
-Of a label only these two slices are used, by the propagation and by a training on the plans that are written here.
+Of a label only these two slices are used, by the propagation and by a training on the plans that are written here. The
+intensity statistics, which normalise CT, stay those of the base plans, from whole labels.
 """
 
 from __future__ import annotations

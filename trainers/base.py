@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -636,7 +636,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "lgssl": {name: part.state_dict() for name, part in self._stateful_parts().items()}
-            | {"terms": self.term_log.rows},
+            | {"terms": self.term_log.rows, "hyperparameters": asdict(self.hp)},
         }
         write_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgssl_nnunet.data.mixing import fixed_boxes
-from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch
+from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, rows
 from lgssl_nnunet.engine.hyperparameters import check_ranges
 from lgssl_nnunet.losses.pseudo_labels import hard_labels
 from lgssl_nnunet.losses.weighted import weighted_dice_and_cross_entropy
@@ -54,10 +54,12 @@ class BCPTrainer(SemiSupervisedTrainer):
     memory_factor = 0.4
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
-        """Return the loss on the voxels with a label and on those with a pseudo-label, both of all mixtures."""
+        """Return the loss on labelled and on pseudo-labelled voxels, each the mean of both directions of pasting."""
         regions = self.label_manager.has_regions
         image, label, trusted = labeled.image, self.one_hot(labeled.target), self.annotated(labeled.target)
-        pasted = self._pasted(image)
+        # In every second row the other patch is pasted outside of the box, else inside.
+        outwards = (torch.arange(len(image), device=image.device) + self.iteration) % 2 == 1
+        pasted = fixed_boxes(image, self.hp.box) ^ outwards.view(-1, *[1] * (image.ndim - 1))
         if self.iteration < self.hp.pretraining_fraction * self.num_iterations:
             other, other_label, other_trusted = (x.roll(1, dims=0) for x in (image, label, trusted))
             known, pseudo = torch.where(pasted, other_trusted, trusted), torch.zeros_like(trusted)
@@ -68,15 +70,14 @@ class BCPTrainer(SemiSupervisedTrainer):
         label = torch.where(pasted, other_label, label)
         batch_dice = self.configuration_manager.batch_dice
         loss = partial(weighted_dice_and_cross_entropy, has_regions=regions, batch_dice=batch_dice)
-        return {
-            "labelled voxels": Term(self.at_every_scale(loss, outputs, label, known), uses_unlabeled=True),
-            "pseudo-labelled voxels": Term(
-                self.at_every_scale(loss, outputs, label, pseudo), self.hp.pseudo_weight, uses_unlabeled=True
-            ),
-        }
 
-    def _pasted(self, image: Tensor) -> Tensor:
-        """Return (B, 1, *S), true where the other patch is pasted: inside a box in every second row, else outside."""
-        box = fixed_boxes(image, self.hp.box)
-        outwards = (torch.arange(len(image), device=box.device) + self.iteration) % 2 == 1
-        return box ^ outwards.view(-1, *[1] * (box.ndim - 1))
+        def mean_of_directions(voxels: Tensor) -> Tensor:
+            """The labelled part is larger in one direction; in one loss over all rows it would outweigh the other."""
+            chosen = [r for r in (outwards, ~outwards) if r.any()]
+            losses = [self.at_every_scale(loss, rows(outputs, r), label[r], voxels[r]) for r in chosen]
+            return torch.stack(losses).mean()
+
+        return {
+            "labelled voxels": Term(mean_of_directions(known), uses_unlabeled=True),
+            "pseudo-labelled voxels": Term(mean_of_directions(pseudo), self.hp.pseudo_weight, uses_unlabeled=True),
+        }

@@ -33,7 +33,7 @@ class CPSTrainer(SemiSupervisedTrainer):
 
     Source: X. Chen, Y. Yuan, G. Zeng, J. Wang, "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision",
     CVPR 2021; methods.md section 13. As in the 3D port, labelled patches have no pseudo-label; the first network
-    predicts.
+    predicts. Both have nnU-Net's initialisation (the port: one of them Xavier's).
     """
 
     hyperparameters = CPSHyperparameters()

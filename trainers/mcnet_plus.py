@@ -52,7 +52,8 @@ class MCNetPlusTrainer(SemiSupervisedTrainer):
     Source: Y. Wu, Z. Ge, D. Zhang, M. Xu, L. Zhang, Y. Xia, J. Cai, "Mutual Consistency Learning for Semi-supervised
     Medical Image Segmentation", Medical Image Analysis 2022; methods.md section 4. The article's pseudo-labels get no
     gradient, the released code's do (`stop_gradient`); sharpening is that of the softmax, where the code sharpens each
-    class as if it were the only one. The supervised loss is nnU-Net's, and the first decoder predicts.
+    class as if it were the only one. The supervised loss is nnU-Net's, and the first decoder predicts. Each decoder
+    draws dropout on the bottleneck anew; there is none before its last layer.
     """
 
     hyperparameters = MCNetPlusHyperparameters()

@@ -45,7 +45,7 @@ def finest(scales: Tensor | list[Tensor]) -> Tensor:
     return scales if isinstance(scales, Tensor) else scales[0]
 
 
-def rows(scales: Tensor | list[Tensor], which: slice | list[int]) -> Tensor | list[Tensor]:
+def rows(scales: Tensor | list[Tensor], which: slice | list[int] | Tensor) -> Tensor | list[Tensor]:
     """Return some patches of (B, C, *S), or of each in a list, such as the scales of a network's output."""
     return scales[which] if isinstance(scales, Tensor) else [scale[which] for scale in scales]
 

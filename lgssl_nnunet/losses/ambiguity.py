@@ -11,7 +11,9 @@ from torch.nn import functional
 from lgssl_nnunet.engine.batches import finest
 
 
-def prototype_errors(passes: Iterable[tuple[Tensor | list[Tensor], list[Tensor]]], student: Tensor) -> Tensor:
+def prototype_errors(
+    passes: Iterable[tuple[Tensor | list[Tensor], list[Tensor]]], student: Tensor, limit: float
+) -> Tensor:
     """Return where a prediction differs from the label of the nearest prototype.
 
     Source: the prototype rule ("PErr") of AC-MT (2023); methods.md section 7.
@@ -20,6 +22,7 @@ def prototype_errors(passes: Iterable[tuple[Tensor | list[Tensor], list[Tensor]]
         passes: stochastic passes of the teacher, each logits (or a list, full resolution first) and the features of the
             decoder's stages, full resolution first; the prototypes are made of those at half resolution.
         student: probabilities (B, C, *S) of the student.
+        limit: see `prototype_labels`.
 
     Returns:
         (B, 1, *S), true where they differ.
@@ -32,11 +35,11 @@ def prototype_errors(passes: Iterable[tuple[Tensor | list[Tensor], list[Tensor]]
         features = features + stages[min(1, len(stages) - 1)].float()
     mode = "bilinear" if student.ndim == 4 else "trilinear"
     features = functional.interpolate(features / len(softened), student.shape[2:], mode=mode, align_corners=False)
-    nearest = prototype_labels(features, p / len(softened), torch.stack(softened).std(dim=0))
+    nearest = prototype_labels(features, p / len(softened), torch.stack(softened).std(dim=0), limit)
     return nearest != student.argmax(dim=1, keepdim=True)
 
 
-def prototype_labels(features: Tensor, p: Tensor, deviation: Tensor, limit: float = 0.1) -> Tensor:
+def prototype_labels(features: Tensor, p: Tensor, deviation: Tensor, limit: float) -> Tensor:
     """Label every voxel by its nearest class prototype.
 
     A channel is certain in a voxel where its deviation over stochastic passes is below `limit`. The certain channel of

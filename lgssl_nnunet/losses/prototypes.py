@@ -12,6 +12,7 @@ from lgssl_nnunet.losses.consistency import masked_mean
 
 RESIZING = {"nearest": "nearest-exact", "area": "area"}
 DENOMINATORS = ("sample", "batch")
+_SMALLEST = 1e-6
 
 
 def prototype_consistency(
@@ -67,8 +68,8 @@ def class_prototypes(feature: Tensor, mask: Tensor, denominator: str, min_voxels
     sizes = mask.sum(dim=2, keepdim=True)
     present = sizes >= min_voxels
     if denominator == "batch":
-        return sums / sizes.sum(dim=0, keepdim=True).clamp(min=1), present[..., 0]
-    means = present * sums / sizes.clamp(min=1)
+        return sums / sizes.sum(dim=0, keepdim=True).clamp(min=_SMALLEST), present[..., 0]
+    means = present * sums / sizes.clamp(min=_SMALLEST)
     samples = present.sum(dim=0, keepdim=True)
     return means.sum(dim=0, keepdim=True) / samples.clamp(min=1), samples[..., 0] > 0
 

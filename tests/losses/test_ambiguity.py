@@ -10,13 +10,15 @@ from lgssl_nnunet.losses.ambiguity import (
     sampled_label_errors,
 )
 
+LIMIT = 0.1
+
 
 def test_every_voxel_gets_the_class_of_the_nearest_prototype():
     # Two voxels of each class along one axis; the last one is labelled 0 and lies beside the prototype of class 1.
     features = torch.tensor([0.0, 0.2, 1.0, 1.2, 1.1]).view(1, 1, 1, 5)
     foreground = torch.tensor([0.1, 0.1, 0.9, 0.9, 0.4]).view(1, 1, 1, 5)
     p = torch.cat([1 - foreground, foreground], dim=1)
-    found = prototype_labels(features, p, torch.zeros_like(p))
+    found = prototype_labels(features, p, torch.zeros_like(p), LIMIT)
     assert found.flatten().tolist() == [0, 0, 1, 1, 1]
 
 
@@ -30,10 +32,13 @@ def test_prototypes_are_means_weighted_by_probability():
         probe = torch.tensor([value]).view(1, 1, 1, 1)
         # A voxel without any probability belongs to no prototype and only asks for its label.
         asked = prototype_labels(
-            torch.cat([features, probe], dim=3), torch.cat([p, torch.zeros(1, 2, 1, 1)], dim=3), torch.zeros(1, 2, 1, 4)
+            torch.cat([features, probe], dim=3),
+            torch.cat([p, torch.zeros(1, 2, 1, 1)], dim=3),
+            torch.zeros(1, 2, 1, 4),
+            LIMIT,
         )
         assert asked.flatten()[3] == expected
-    assert prototype_labels(features, p, certain).flatten().tolist() == [0, 0, 1]
+    assert prototype_labels(features, p, certain, LIMIT).flatten().tolist() == [0, 0, 1]
 
 
 def test_a_class_without_a_certain_voxel_has_no_prototype():
@@ -41,7 +46,8 @@ def test_a_class_without_a_certain_voxel_has_no_prototype():
     p = torch.eye(3).view(1, 3, 1, 3)
     deviation = torch.zeros_like(p)
     deviation[0, 2, 0, 2] = 0.2  # the only voxel of class 2 is uncertain and counts as class 0
-    assert set(prototype_labels(features, p, deviation).flatten().tolist()) <= {0, 1}
+    assert set(prototype_labels(features, p, deviation, LIMIT).flatten().tolist()) <= {0, 1}
+    assert set(prototype_labels(features, p, deviation, 0.3).flatten().tolist()) == {0, 1, 2}
 
 
 def test_prototype_errors_are_where_the_student_leaves_the_prototypes():
@@ -50,10 +56,10 @@ def test_prototype_errors_are_where_the_student_leaves_the_prototypes():
     half = side[..., ::2, ::2].contiguous()
     passes = [([logits], [side, half])] * 3
     student = torch.softmax(logits, dim=1)
-    assert not prototype_errors(passes, student).any()
+    assert not prototype_errors(passes, student, LIMIT).any()
     wrong = student.clone()
     wrong[0, :, 0, 0] = torch.tensor([0.0, 1.0])
-    assert prototype_errors(passes, wrong).nonzero().tolist() == [[0, 0, 0, 0]]
+    assert prototype_errors(passes, wrong, LIMIT).nonzero().tolist() == [[0, 0, 0, 0]]
 
 
 def test_confident_learning_flags_the_label_that_the_teacher_contradicts():
@@ -103,8 +109,8 @@ def test_both_rules_are_the_same_under_autocast():
     features, p = torch.randn(1, 4, 30, 30), torch.softmax(3 * torch.randn(1, 3, 30, 30), dim=1)
     labels = torch.randint(0, 3, (900,))
     flat = p.movedim(1, -1).flatten(0, -2)
-    expected = prototype_labels(features, p, torch.zeros_like(p)), probable_label_errors(flat, labels)
+    expected = prototype_labels(features, p, torch.zeros_like(p), LIMIT), probable_label_errors(flat, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = prototype_labels(features, p, torch.zeros_like(p)), probable_label_errors(flat, labels)
+        found = prototype_labels(features, p, torch.zeros_like(p), LIMIT), probable_label_errors(flat, labels)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

@@ -52,17 +52,40 @@ def test_with_a_full_box_each_row_is_either_labelled_or_pseudo_labelled(with_set
     with torch.no_grad():
         outputs = trainer.network(torch.stack([unlabeled.strong[0], labeled.image[1]]))
         pseudo = trainer.probabilities(trainer.teacher(unlabeled.strong)).argmax(dim=1, keepdim=True)
-    ones, zeros = (torch.full((1, 1, *labeled.image.shape[2:]), value) for value in (1.0, 0.0))
     label = torch.cat([trainer.one_hot(pseudo)[:1], trainer.one_hot(labeled.target)[1:]])
 
-    def loss(weight):
+    def loss(row):
         return trainer.at_every_scale(
-            lambda z, y, w: weighted_dice_and_cross_entropy(z, y, w, False), outputs, label, torch.cat(weight)
+            lambda z, y: weighted_dice_and_cross_entropy(z, y, torch.ones_like(y[:, :1]), False),
+            [scale[row : row + 1] for scale in outputs],
+            label[row : row + 1],
         )
 
     values = values_of(trainer, (labeled, unlabeled))
-    assert values["labelled voxels"] == pytest.approx(float(loss([zeros, ones])), rel=1e-4)
-    assert values["pseudo-labelled voxels"] == pytest.approx(float(loss([ones, zeros])), rel=1e-4)
+    assert values["labelled voxels"] == pytest.approx(float(loss(1)) / 2, rel=1e-4)
+    assert values["pseudo-labelled voxels"] == pytest.approx(float(loss(0)) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_both_directions_count_alike_however_many_of_their_voxels_are_labelled(
+    batch_dice, with_settings, next_batches, values_of, monkeypatch
+):
+    # The loss of a direction is its number of labelled voxels, which is larger for the row whose box is pasted.
+    trainer = second_stage(with_settings("BCPTrainer"))
+    trainer.configuration_manager.configuration["batch_dice"] = batch_dice
+    seen = []
+
+    def labelled_share(z, y, weight, **options):
+        seen.append((len(z), options["batch_dice"]))
+        return weight.mean() + 0 * z.sum()
+
+    monkeypatch.setattr("lgssl_nnunet.trainers.bcp.weighted_dice_and_cross_entropy", labelled_share)
+    trainer.loss.weight_factors = [1.0, *[0.0] * (len(trainer.loss.weight_factors) - 1)]
+    batches = next_batches(trainer)
+    values = values_of(trainer, batches)
+    assert seen == [(1, batch_dice)] * 4
+    assert values["labelled voxels"] == pytest.approx(0.5, abs=1e-6)
+    assert values["pseudo-labelled voxels"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_equal_patches_with_right_pseudo_labels_are_not_changed_by_mixing(
@@ -80,9 +103,10 @@ def test_equal_patches_with_right_pseudo_labels_are_not_changed_by_mixing(
     )
     terms_of(trainer, (labeled, equal))
     assert torch.equal(images[0], labeled.image)
-    full_resolution = [(y, w) for y, w in losses if y.shape == right.shape]
-    assert all(torch.equal(y, right) for y, _ in full_resolution)
-    known, pseudo = (w for _, w in full_resolution)
+    full_resolution = [(y, w) for y, w in losses if y.shape[1:] == right.shape[1:]]
+    # Row 1 is the one whose surroundings are pasted, and its direction comes first.
+    assert all(torch.equal(y, right[row : row + 1]) for (y, _), row in zip(full_resolution, (1, 0, 1, 0), strict=True))
+    known, pseudo = (torch.cat([w for _, w in pair]) for pair in (full_resolution[:2], full_resolution[2:]))
     assert torch.equal(known + pseudo, torch.ones_like(known))
 
 
