@@ -146,6 +146,7 @@ def test_the_table_per_case_has_surfaces_and_the_lesions_of_tumour_classes(folde
 
 
 def test_the_means_per_class_are_written_as_json_with_the_policy(folders, tmp_path):
+    describe(folders[1], {**LABELS, "spleen": 3})
     results = here(*folders, output=tmp_path / "test.json", tolerance=2.5)
     assert results["classes_file"] == tmp_path / "test_per_class.json"
     text = results["classes_file"].read_text()
@@ -153,7 +154,8 @@ def test_the_means_per_class_are_written_as_json_with_the_policy(folders, tmp_pa
     written = json.loads(text)
     assert (written["cases"], written["tolerance_mm"], written["lesion_classes"]) == (3, 2.5, ["tumour"])
     assert written["empty_masks"] == POLICY
-    liver, tumour = written["classes"]
+    liver, tumour, spleen = written["classes"]
+    assert (spleen["dice"], spleen["both_empty"]) == (None, 3)
     assert liver["dice"] == results["classes"][0].dice
     assert "lesions" not in liver
     assert (tumour["lesions"], tumour["lesion_sensitivity"]) == (2, 0.5)
@@ -261,12 +263,21 @@ def test_the_reference_gives_the_spacing_and_another_in_the_prediction_is_told(f
 
 
 @needs_surfaces
+@pytest.mark.parametrize(("tolerance", "surface_dice"), [(0, 0), (2, 0.5), (3, 1)])
+def test_the_tolerance_reaches_the_surface_dice(folders, tolerance, surface_dice):
+    reference, prediction = folders
+    save(reference / "a.nii.gz", cube(l1=np.s_[1:2, 2:6, 2:6]))
+    save(prediction / "a.nii.gz", cube(l1=np.s_[4:5, 2:6, 2:6]))
+    assert here(reference, prediction, tolerance=tolerance)["cases"][0].surface_dice == pytest.approx(surface_dice)
+
+
+@needs_surfaces
 def test_ignored_voxels_are_in_no_mask_no_surface_and_no_lesion(folders, caplog):
     reference, prediction = folders
     describe(prediction, {"background": 0, "liver": 1, "tumour": 2, "ignore": 3})
     for name in "abc":
         save(reference / f"{name}.nii.gz", cube(l2=np.s_[1:3], l3=np.s_[4:8]))
-        save(prediction / f"{name}.nii.gz", cube(l1=np.s_[6:7], l2=np.s_[1:3]))
+        save(prediction / f"{name}.nii.gz", cube(l1=np.s_[7:8], l2=np.s_[[1, 2, 5]]))
     with caplog.at_level(logging.INFO):
         liver, tumour = here(reference, prediction)["cases"][:2]
     assert liver.status == "both empty"
