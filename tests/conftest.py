@@ -30,6 +30,7 @@ FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 VARIANTS: dict[str, dict[str, Any]] = {
     "standard": {},
     "two_classes": {},
+    "four_classes": {},
     "regions": {"regions": True},
     "ignore": {"ignore": True},
     "regions_and_ignore": {"regions": True, "ignore": True},
@@ -167,6 +168,24 @@ def merge_classes(dataset: Path) -> None:
     (dataset / "dataset.json").write_text(json.dumps(description))
 
 
+def add_class(dataset: Path) -> None:
+    """Give the phantom a third class: a box of background in a corner of every labelled image."""
+    import SimpleITK as sitk
+
+    for file in [*dataset.glob("labelsTr/*"), *dataset.glob("labelsTs/*")]:
+        image = sitk.ReadImage(str(file))
+        labels = sitk.GetArrayFromImage(image)
+        corner = labels[tuple(slice(1, 9) for _ in labels.shape)]
+        corner[corner == 0] = 3
+        changed = sitk.GetImageFromArray(labels)
+        changed.CopyInformation(image)
+        sitk.WriteImage(changed, str(file))
+    description = json.loads((dataset / "dataset.json").read_text())
+    description["labels"]["spleen"] = 3
+    description["prompts"]["spleen"] = "A magnetic resonance image of the spleen"
+    (dataset / "dataset.json").write_text(json.dumps(description))
+
+
 def plan_configuration(
     patch: Sequence[int] = (16, 16, 16),
     strides: Sequence[Sequence[int]] = ((1, 1, 1), (2, 2, 2), (2, 2, 2)),
@@ -257,6 +276,8 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny
             raw = write_phantom(root, **VARIANTS[variant])
             if variant == "two_classes":
                 merge_classes(raw)
+            if variant == "four_classes":
+                add_class(raw)
             made[variant] = plan_tiny_dataset(root, raw.name)
         return made[variant]
 

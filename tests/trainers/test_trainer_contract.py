@@ -76,13 +76,18 @@ SITUATIONS = {
     "2d configuration of 3d images": {"configuration": "2d"},
     "2d images": {"variant": "plane", "configuration": "2d"},
     "one foreground class": {"variant": "two_classes"},
+    "three foreground classes": {"variant": "four_classes"},
+    "three foreground classes in 2d": {"variant": "four_classes", "configuration": "2d"},
     "regions": {"variant": "regions"},
     "ignore label": {"variant": "ignore"},
     "regions and ignore label": {"variant": "regions_and_ignore"},
     "two channels": {"variant": "two_channels"},
 }
-# A refusal by these, in whatever situation, is a fault; other methods may refuse before they write anything.
-MUST_TRAIN = {"LGSSLTrainer", "SupervisedTrainer", EXAMPLE}
+# What a method refuses before it writes anything, and why; whatever is not listed it must train.
+REFUSES = {
+    ("CAMLTrainer", "regions"): "the memory keeps embeddings by class",
+    ("CAMLTrainer", "regions and ignore label"): "the memory keeps embeddings by class",
+}
 MAX_LINES = 150
 
 Terms = dict[str, Any]
@@ -112,6 +117,17 @@ def trained_parameters(trainer: Any) -> dict[str, torch.Tensor]:
 def companions(trainer: Any) -> dict[str, torch.nn.Module]:
     """The networks beside the prediction network, the teacher excepted."""
     return {name: part for name, part in trainer.parts.items() if isinstance(part, torch.nn.Module)}
+
+
+def learning_rates(trainer: Any) -> list[float]:
+    """The learning rate of each group of the trainer's optimiser; critics have an optimiser of their own."""
+    return [group["lr"] for group in trainer.optimizer.param_groups]
+
+
+def num_networks(trainer: Any) -> int:
+    """The networks that the trainer's optimiser steps, each with a group of parameters."""
+    trained = {name.split("/")[0] for name in trained_parameters(trainer) if "/" in name}
+    return len(getattr(trainer.network, "networks", (trainer.network,))) + len(trained)
 
 
 def gradients(trainer: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -284,12 +300,15 @@ def test_the_labeled_terms_alone_train_every_parameter_that_prediction_uses(name
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_the_total_trains_every_parameter_of_the_network(name, started):
+def test_the_total_trains_every_parameter_of_the_network_and_of_its_companions(name, started):
     trainer, batches = after_two_steps(started(name))
     found = gradients(trainer, trainer.total(terms_of(trainer, batches)))
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
-    expected = {n for n, p in trainer.network.named_parameters() if p.requires_grad}
+    # Critics are no part of it: `extra_steps` trains them.
+    expected = {n for n, p in trained_parameters(trainer).items() if p.requires_grad}
     expected -= biases_before_normalisation(trainer.network)
+    for part, companion in companions(trainer).items():
+        expected -= {f"{part}/{n}" for n in biases_before_normalisation(companion)}
     # nnU-Net's deep supervision gives the lowest resolution the weight 0.
     expected = {n for n in expected if ".seg_layers.0." not in n}
     assert [n for n in sorted(expected) if n not in found or not found[n].abs().max() > 0] == []
@@ -417,14 +436,13 @@ def test_the_teacher_copies_the_first_step_and_then_lags_behind_the_student(name
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("name", GRID)
-def test_a_training_step_works_or_the_trainer_refuses_up_front(name, situation, started, tmp_path):
-    try:
-        trainer = started(name, results=tmp_path, **SITUATIONS[situation])
-    except LGSSLError:
-        if name in MUST_TRAIN:
-            raise
+def test_a_training_step_works_or_the_trainer_refuses_what_is_listed_up_front(name, situation, started, tmp_path):
+    if (name, situation) in REFUSES:
+        with pytest.raises(LGSSLError):
+            started(name, results=tmp_path, **SITUATIONS[situation])
         assert not list(tmp_path.iterdir())
         return
+    trainer = started(name, results=tmp_path, **SITUATIONS[situation])
     before = [p.detach().clone() for p in trainer.network.parameters()]
     values = trainer.train_step(next(trainer.dataloader_train))
     assert all(math.isfinite(float(value)) for value in values.values())
@@ -432,6 +450,19 @@ def test_a_training_step_works_or_the_trainer_refuses_up_front(name, situation, 
     trainer.on_validation_epoch_start()
     with torch.no_grad():
         assert math.isfinite(float(trainer.validation_step(next(trainer.dataloader_val))["loss"]))
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+def test_patches_of_three_foreground_classes_hold_all_of_them(configuration, started):
+    trainer = started("SupervisedTrainer", variant="four_classes", configuration=configuration)
+    targets = [trainer.to_batches(next(trainer.dataloader_train))[0].target[0] for _ in range(4)]
+    assert trainer.label_manager.num_segmentation_heads == 4
+    assert set(torch.cat(targets).unique().tolist()) - {-1} == {0, 1, 2, 3}
+
+
+def test_refusals_are_those_of_known_trainers_in_known_situations():
+    assert {name for name, _ in REFUSES} <= set(GRID)
+    assert {situation for _, situation in REFUSES} <= set(SITUATIONS)
 
 
 @pytest.mark.parametrize("name", WITH_UNLABELED)
@@ -503,11 +534,9 @@ def test_gpu_plans_are_trained_with_nnunets_optimizer_and_schedule(name, started
     assert type(trainer.lr_scheduler) is PolyLRScheduler
     for group in trainer.optimizer.param_groups:
         assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.99, True, 3e-5)
-    rates = []
     for epoch in range(4):
         trainer.lr_scheduler.step(epoch)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1e-2 * (1 - epoch / 4) ** 0.9 for epoch in range(4)])
+        assert learning_rates(trainer) == pytest.approx([1e-2 * (1 - epoch / 4) ** 0.9] * num_networks(trainer))
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -515,11 +544,10 @@ def test_cpu_plans_are_trained_with_adamw_and_a_learning_rate_that_falls_every_i
     trainer = started(name, epochs=2, iterations=2)
     assert type(trainer.optimizer) is torch.optim.AdamW
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-2}
-    rates = []
-    for _ in range(4):
+    for step in range(4):
         trainer.train_step(next(trainer.dataloader_train))
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
+        rate = 1e-3 * (1 + math.cos(math.pi * step / 4))
+        assert learning_rates(trainer) == pytest.approx([rate] * num_networks(trainer))
 
 
 @pytest.mark.parametrize("name", GRID)
@@ -680,7 +708,7 @@ def test_the_model_folder_predicts_an_image_file(name, finished, tiny_dataset, t
     assert set(np.unique(sitk.GetArrayViewFromImage(segmentation))) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINERS if find_trainer(name).supports_regions])
+@pytest.mark.parametrize("name", [name for name in TRAINERS if (name, "regions") not in REFUSES])
 def test_a_model_of_regions_writes_label_values(name, build, tiny_dataset, tmp_path):
     import SimpleITK as sitk
 
