@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import colormaps
-from nnunetv2.utilities.overlay_plots import generate_overlay
 from PIL import Image
 from skimage.segmentation import find_boundaries
 
@@ -196,19 +195,16 @@ class _Drawer:
 
 
 def _overlay(grey: np.ndarray, labels: np.ndarray, colors: Sequence[str]) -> np.ndarray:
-    """Return a picture (H, W, 3) with each label tinted by nnU-Net's overlay and outlined in its full colour."""
-    present = [int(label) for label in np.unique(labels) if label > 0]
-    if not present:
-        return np.repeat(grey[..., None], 3, axis=2)
-    mapping = {label: (label - 1) % len(colors) for label in present}
-    # nnU-Net stretches each picture to its own extremes; one dark and one white pixel keep all slices comparable.
-    framed = np.pad(grey.astype(np.float32), ((0, 1), (0, 0)))
-    framed[-1, :2] = 0, 255
-    background = np.pad(labels, ((0, 1), (0, 0)))
-    picture = generate_overlay(framed, background, mapping, tuple(colors), overlay_intensity=_FILL)[:-1]
-    for label, position in mapping.items():
-        edge = find_boundaries(labels == label, mode="inner")
-        picture[edge] = _rgb(colors[position])
+    """Return a picture (H, W, 3) with each label tinted and outlined.
+
+    nnU-Net's generate_overlay adds the colours and stretches each picture to its own extremes; here the background
+    keeps its brightness from panel to panel and from slice to slice, so that they can be compared.
+    """
+    picture = np.repeat(grey[..., None], 3, axis=2)
+    for label in np.unique(labels[labels > 0]):
+        mask, color = labels == label, np.array(_rgb(colors[(int(label) - 1) % len(colors)]))
+        picture[mask] = (1 - _FILL) * picture[mask] + _FILL * color
+        picture[find_boundaries(mask, mode="inner")] = color
     return picture
 
 

@@ -16,12 +16,12 @@ from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.evaluation.curves import charts
 from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
 from lgssl_nnunet.evaluation.overlays import difference_map, draw_case
-from lgssl_nnunet.evaluation.report_facts import collect_facts, ignored_label
+from lgssl_nnunet.evaluation.report_facts import collect_facts, foreground_names, ignored_label
 from lgssl_nnunet.evaluation.report_inputs import ReportCase, ReportInputs, find_inputs
 from lgssl_nnunet.evaluation.report_page import GENERATOR, CaseSection, Page, render
 from lgssl_nnunet.evaluation.report_tables import rank_cases, worst_and_best
 from lgssl_nnunet.evaluation.viewer import WITHOUT_VIEWER, ViewerCase, niivue_script, pack_case
-from lgssl_nnunet.evaluation.volumes import Volume, read_volume, windowed
+from lgssl_nnunet.evaluation.volumes import Volume, read_labels, read_volume, windowed
 from lgssl_nnunet.files import link_file, write_atomically
 from lgssl_nnunet.plans.cases import find_reader
 
@@ -87,10 +87,10 @@ def report(
     page = Page(
         inputs=inputs,
         facts=collect_facts(inputs, _command(source, folders, cases, num_cases, output, niivue)),
-        charts=charts(inputs.folds, list(inputs.dataset_json["labels"])[1:]),
+        charts=charts(inputs.folds, foreground_names(inputs.dataset_json)),
         results=results,
         cases=sections,
-        notes=_notes(inputs, script is None and bool(sections)),
+        notes=_notes(inputs, results, script is None and bool(sections)),
         niivue=script,
     )
     write_atomically(file, lambda temporary: temporary.write_text(render(page), encoding="utf-8"))
@@ -185,8 +185,8 @@ class _Volumes:
         self.name = case.name
         self.ignored = ignored_label(inputs.dataset_json)
         self.remarks: list[str] = []
-        self.prediction = read_volume(case.prediction, reader)
-        self.reference = read_volume(case.reference, reader) if case.reference else None
+        self.prediction = read_labels(case.prediction, reader)
+        self.reference = read_labels(case.reference, reader) if case.reference else None
         self.image = self._background(case.image, reader, "image")
         maps = {name: self._background(file, reader, name) for name, file in case.selection_maps.items()}
         self.maps = {name: volume for name, volume in maps.items() if volume is not None}
@@ -214,9 +214,11 @@ class _Volumes:
         return pack_case(self.name, self.image, labels, self.maps, limit)
 
 
-def _notes(inputs: ReportInputs, without_viewer: bool) -> list[str]:
+def _notes(inputs: ReportInputs, results: Mapping[str, Any] | None, without_viewer: bool) -> list[str]:
     """Return sentences on what is missing from the page, so that nothing is dropped silently."""
     notes = []
+    if results is not None and all(result.hd95 is None for result in results["cases"]):
+        notes.append("Surface distances were not measured; they need pip install 'lgssl_nnunet[evaluation]'.")
     unmeasured = [case.name for case in inputs.cases if not case.reference]
     if not inputs.cases:
         notes.append(

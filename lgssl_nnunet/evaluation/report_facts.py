@@ -57,6 +57,11 @@ def class_names(dataset_json: Mapping[str, Any]) -> dict[int, str]:
     return {value: " + ".join(found) for value, found in sorted(names.items()) if value > 0}
 
 
+def foreground_names(dataset_json: Mapping[str, Any]) -> list[str]:
+    """Return the names of classes or regions in the order of the dataset, without background and ignored voxels."""
+    return [name for name, value in dataset_json["labels"].items() if value != 0 and name != "ignore"]
+
+
 def ignored_label(dataset_json: Mapping[str, Any]) -> int | None:
     """Return the value of the label "ignore", None without one."""
     value = dataset_json["labels"].get("ignore")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.files import read_json, read_json_if_valid
 from lgssl_nnunet.paths import data_folders, dataset_number
 
@@ -91,9 +91,12 @@ def find_inputs(
 
     Raises:
         DatasetError: a folder is missing, or nothing in it can be reported.
+        UsageError: a model folder is given twice.
     """
     _require_folders(source, reference, images, model_folder)
     is_model = any(folder.is_dir() for folder in source.glob("fold_*"))
+    if is_model and model_folder is not None:
+        raise UsageError(f"-m names the model of predictions, but {source} is a model itself; leave out -m.")
     prediction_record = {} if is_model else read_json_if_valid(source / "lgssl_prediction.json") or {}
     model = source if is_model else _model_of(source, model_folder, prediction_record)
     description = _description(dataset_json, source, model)

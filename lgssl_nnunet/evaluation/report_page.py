@@ -88,7 +88,8 @@ def render(page: Page) -> str:
         policy=POLICY,
         class_table=results_table((page.results or {}).get("classes", ())),
         case_table=results_table((page.results or {}).get("cases", ())),
-        means={heading(name): _number((page.results or {}).get(name)) for name in ("dice", "jaccard")},
+        means=_means(page.results),
+        tolerance=(page.results or {}).get("tolerance"),
         charts=[(chart, Markup(draw(chart))) for chart in page.charts],
         legend=[(classes[value], colors[value]) for value in classes],
         differences=[(kind, DIFFERENCE_MEANING[kind], f"#{color}") for kind, color in DIFFERENCE_COLORS.items()],
@@ -144,5 +145,7 @@ def _in_words(name: str, value: float | None) -> str:
     return f"Dice {value:.3f}" if name == "dice" else f"HD95 {value:.1f} mm"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
+def _means(results: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the means over the classes by heading, without metrics that were not measured."""
+    means = {name: value for name, value in (results or {}).get("means", {}).items() if value is not None}
+    return {heading(name): "-" if math.isnan(value) else f"{value:.4f}" for name, value in means.items()}

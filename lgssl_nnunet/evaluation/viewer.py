@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from lgssl_nnunet.errors import MissingDependencyError
-from lgssl_nnunet.evaluation.volumes import Volume, box_around, coarsened, cropped, nifti_bytes
+from lgssl_nnunet.evaluation.volumes import MARGIN_MM, Volume, box_around, coarsened, cropped, nifti_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +25,10 @@ WITHOUT_VIEWER = (
     "report again."
 )
 _EXPORT = re.compile(r"export\s*\{([^{}]*)\}\s*;?\s*(?://# sourceMappingURL=\S*\s*)?$")
-_PERCENT_ENCODED = re.compile(r'"((?:[^"\\]|\\.)*export%7B[^"]*)"')
+_PERCENT_ENCODED = re.compile(r'"((?:[^"\\]|\\.)*export(?:%20)*%7B[^"]*)"')
 _IMPORT = re.compile(r"^\s*import\b[^;(]*?\bfrom\s*[\"']", re.MULTILINE)
 _UMD = re.compile(r"\.niivue\s*=\s*\{\}")
+_BEST_COMPRESSION = 8  # voxels per character; larger volumes are not even tried, because packing takes long
 _WANTED = ("Niivue", "NVImage")
 
 
@@ -46,11 +47,6 @@ class ViewerCase:
     layers: dict[str, str]
     remark: str
     center: tuple[float, float, float]
-
-    @property
-    def size(self) -> int:
-        """Characters that the layers take in the page."""
-        return sum(map(len, self.layers.values()))
 
 
 def niivue_script(file: Path | None = None) -> str | None:
@@ -147,22 +143,22 @@ def pack_case(
     """
     volumes = {**({"image": image} if image else {}), **labels, **maps}
     changes = ["intensities as 8 bits between the 0.5 and 99.5 percentile"] if image or maps else []
-    packed = _encoded(volumes)
-    if sum(map(len, packed.values())) > limit:
+    packed = _encoded(volumes, limit)
+    if packed is None:
         foreground = np.logical_or.reduce([volume.voxels > 0 for volume in labels.values()])
         box = box_around(foreground, next(iter(labels.values())).spacing)
         if np.prod([side.stop - side.start for side in box]) < foreground.size:
             volumes = {layer: cropped(volume, box) for layer, volume in volumes.items()}
-            changes.append("cropped to the segmentations with a margin of 20 mm")
-            packed = _encoded(volumes)
+            changes.append(f"cropped to the segmentations with a margin of {MARGIN_MM:.0f} mm")
+            packed = _encoded(volumes, limit)
     steps = (1, 1, 1)
-    while sum(map(len, packed.values())) > limit and max(next(iter(volumes.values())).voxels.shape) > 8:
+    while packed is None:
         thinning = _finer_axes(next(iter(volumes.values())).spacing)
         volumes = {layer: coarsened(volume, thinning) for layer, volume in volumes.items()}
         steps = tuple(old * new for old, new in zip(steps, thinning, strict=True))
-        packed = _encoded(volumes)
+        packed = _encoded(volumes, limit)
     if steps != (1, 1, 1):
-        changes.append(f"every {steps[2]}., {steps[1]}. and {steps[0]}. voxel along x, y and z")
+        changes.append("only every n-th voxel, n = {2}, {1}, {0} along x, y, z".format(*steps))
     return ViewerCase(name, packed, "; ".join(changes), _center([volumes[layer] for layer in labels]))
 
 
@@ -183,5 +179,10 @@ def _finer_axes(spacing: Sequence[float]) -> tuple[int, int, int]:
     return tuple(2 if value < 1.5 * min(spacing) else 1 for value in spacing)
 
 
-def _encoded(volumes: Mapping[str, Volume]) -> dict[str, str]:
-    return {layer: base64.b64encode(nifti_bytes(volume)).decode() for layer, volume in volumes.items()}
+def _encoded(volumes: Mapping[str, Volume], limit: int) -> dict[str, str] | None:
+    """Return the volumes as base64 of .nii.gz, None if they take more than `limit` characters."""
+    first = next(iter(volumes.values())).voxels
+    if first.size > _BEST_COMPRESSION * limit:
+        return None
+    packed = {layer: base64.b64encode(nifti_bytes(volume)).decode() for layer, volume in volumes.items()}
+    return packed if first.size == 1 or sum(map(len, packed.values())) <= limit else None

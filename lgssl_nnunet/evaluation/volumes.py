@@ -17,6 +17,7 @@ from lgssl_nnunet.errors import DatasetError
 PERCENTILES = (0.5, 99.5)
 MARGIN_MM = 20.0
 _ITK_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+_SAMPLE = 2_000_000  # intensities that are enough for a percentile
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -41,7 +42,7 @@ Box = tuple[slice, slice, slice]
 
 
 def read_volume(file: Path, reader: type[BaseReaderWriter]) -> Volume:
-    """Read one channel or one segmentation; formats that know the patient's directions are turned into them.
+    """Read one channel of an image; formats that know the patient's directions are turned into them.
 
     Args:
         file: the file.
@@ -62,6 +63,13 @@ def read_volume(file: Path, reader: type[BaseReaderWriter]) -> Volume:
     return Volume(voxels[0], spacing, np.diag([*spacing[::-1], 1.0]), oriented=False)
 
 
+def read_labels(file: Path, reader: type[BaseReaderWriter]) -> Volume:
+    """Read a segmentation as whole numbers, whatever type the file has; otherwise as `read_volume`."""
+    volume = read_volume(file, reader)
+    values = np.rint(volume.voxels)
+    return replace(volume, voxels=values.astype(np.uint8 if values.max() < 256 else np.int32))
+
+
 def _oriented(image: sitk.Image) -> Volume:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) @ np.diag(image.GetSpacing())
@@ -72,7 +80,7 @@ def _oriented(image: sitk.Image) -> Volume:
 def windowed(volume: Volume) -> Volume:
     """Return the intensities between the 0.5 and 99.5 percentile as 0 to 255 (uint8); others become the nearer end."""
     voxels = np.nan_to_num(volume.voxels.astype(np.float32))
-    low, high = np.percentile(voxels, PERCENTILES)
+    low, high = np.percentile(voxels.ravel()[:: max(voxels.size // _SAMPLE, 1)], PERCENTILES)
     scaled = np.clip((voxels - low) / max(float(high - low), 1e-12), 0, 1) * 255
     return replace(volume, voxels=scaled.astype(np.uint8))
 
