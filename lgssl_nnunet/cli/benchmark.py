@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,10 +128,11 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _run(arguments), arguments)
+    command = shlex.join(["lgssl_benchmark", *(sys.argv[1:] if argv is None else argv)])
+    return run_command(lambda: _run(arguments, command), arguments)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, command: str) -> int:
     from lgssl_nnunet.evaluation.benchmark import benchmark
 
     result = benchmark(
@@ -149,6 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         num_processes=arguments.np,
         tables_only=arguments.tables_only,
+        command=command,
         progress=not arguments.no_pbar,
     )
     print(result.files["results.md"].read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lgssl_nnunet.evaluation.cells import Cell
 from lgssl_nnunet.evaluation.grid import ALL
-from lgssl_nnunet.evaluation.records import FAILED, CellStore, all_records
+from lgssl_nnunet.evaluation.records import FAILED, FINISHED, CellStore, all_records
 
 SETTING = ["dataset", "configuration", "planner", "spacing", "iterations"]
 """What must agree for two methods to be compared."""
@@ -40,12 +40,13 @@ class Results:
     records: list[dict[str, Any]]
     failed: list[dict[str, Any]]
 
-    def settings(self) -> list[tuple[dict[str, Any], pd.DataFrame]]:
-        """Return each setting with its rows of `cases`."""
+    def settings(self) -> list[tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]]:
+        """Return each setting with its rows of `cases` and of the finished `cells`."""
         if self.cases.empty:
             return []
-        groups = self.cases.groupby(SETTING, dropna=False)
-        return [(dict(zip(SETTING, key, strict=True)), rows) for key, rows in groups]
+        cells = dict(list(self.cells[self.cells["status"] == FINISHED].groupby(SETTING)))
+        groups = self.cases.groupby(SETTING)
+        return [(dict(zip(SETTING, key, strict=True)), rows, cells[key]) for key, rows in groups]
 
 
 def load_results(folder: Path) -> Results:

@@ -18,6 +18,10 @@ from lgssl_nnunet.inference.models import BASELINE
 
 IN_PERCENT = ("dice", "jaccard", "surface_dice")
 
+OTHER_METRICS = (
+    "Means over the classes, named as in results_per_case.csv: overlaps in percent, hd95, assd and asd in mm."
+)
+
 RULES = (
     "No test case is used for planning, training, choosing a checkpoint or post-processing. The only other reading of "
     "a test image is the search for twins, which refuses a scan that is also in training.",
@@ -54,16 +58,18 @@ def write_tables(results: Results, folder: Path, reference: str) -> dict[str, Pa
     return {name: folder / name for name in files}
 
 
-def main_table(cases: pd.DataFrame, reference: str) -> pd.DataFrame:
+def main_table(cases: pd.DataFrame, cells: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return the table of one setting as text: Dice per class, share of the gap, p, a row per budget and method.
 
     Args:
         cases: rows of `Results.cases` of one setting.
+        cells: rows of `Results.cells` of its finished cells.
         reference: the method of the paired test.
     """
     scores, gap = over_seeds(cases, "dice"), gap_closed(cases)
     tests = paired_tests(cases, reference).set_index(["budget", "method"])
     sizes = cases.groupby("budget")["labeled"].first()
+    minutes = cells.groupby(["budget", "method"])["training_seconds"].mean() / 60
     rows = []
     for budget, method in _order(scores["mean"]["mean"], reference):
         key = (budget, method)
@@ -73,6 +79,7 @@ def main_table(cases: pd.DataFrame, reference: str) -> pd.DataFrame:
             row[f"Dice {column}"] = spread(scores["mean"].loc[key, column], scores["std"].loc[key, column], "dice")
         row["gap closed"] = f"{100 * gap[key]:.0f} %" if key in gap.index and not math.isnan(gap[key]) else "-"
         row["p (Holm)"] = p_value(tests.loc[key, "p_holm"]) if key in tests.index else "-"
+        row["training [min]"] = "-" if math.isnan(minutes[key]) else f"{minutes[key]:.0f}"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -113,11 +120,12 @@ def markdown(results: Results, reference: str) -> str:
     """Return the whole page: tables per setting, rules, failures, and how it was made."""
     parts = ["# Benchmark"]
     parts += [f"**Not a fair comparison:** {sentence}" for sentence in broken_rules(results)]
-    for setting, cases in results.settings():
+    for setting, cases, cells in results.settings():
         others = [metric for metric in metric_columns(cases) if metric != "dice" and cases[metric].notna().any()]
-        parts += [f"## {_title(setting)}", _caption(cases, reference), _markdown_table(main_table(cases, reference))]
+        table = main_table(cases, cells, reference)
+        parts += [f"## {_title(setting)}", _caption(cases, reference), _markdown_table(table)]
         if others:
-            parts += ["Means over the classes:", _markdown_table(other_metrics_table(cases, others, reference))]
+            parts += [OTHER_METRICS, _markdown_table(other_metrics_table(cases, others, reference))]
     if not results.records:
         parts.append("No cell is finished yet.")
     if results.failed:
@@ -130,17 +138,17 @@ def markdown(results: Results, reference: str) -> str:
 def latex(results: Results, reference: str) -> str:
     """Return one LaTeX table per setting, for the package booktabs; needs UTF-8 input."""
     tables = [
-        main_table(cases, reference)
+        main_table(cases, cells, reference)
         .to_latex(index=False, escape=True, caption=_title(setting).replace("_", r"\_"), column_format=None)
         .replace("±", r"$\pm$")
-        for setting, cases in results.settings()
+        for setting, cases, cells in results.settings()
     ]
     return "\n".join(tables) or "% no cell is finished yet\n"
 
 
 def _all_tests(results: Results, reference: str) -> pd.DataFrame:
     tables = []
-    for setting, cases in results.settings():
+    for setting, cases, _ in results.settings():
         table = paired_tests(cases, reference)
         for position, (name, value) in enumerate({**setting, "reference": reference}.items()):
             table.insert(position, name, value)

@@ -11,6 +11,7 @@ from scipy.stats import wilcoxon
 
 from lgssl_nnunet.evaluation.benchmark_results import SETTING, Results, class_means
 from lgssl_nnunet.evaluation.grid import ALL
+from lgssl_nnunet.evaluation.records import FINISHED
 from lgssl_nnunet.inference.models import BASELINE
 
 DECIMALS_OF_A_DIFFERENCE = 9
@@ -127,7 +128,7 @@ def broken_rules(results: Results) -> list[str]:
     """Return, in sentences, where cells that are compared had other labelled or other test cases."""
     if not results.records:
         return []
-    finished = results.cells[results.cells["status"] == "finished"].reset_index(drop=True)
+    finished = results.cells[results.cells["status"] == FINISHED].reset_index(drop=True)
     sentences = []
     for columns, entry, words in (
         ([*SETTING, "budget", "seed"], "labeled", "labelled cases"),

@@ -33,7 +33,7 @@ def draw_plots(results: Results, folder: Path) -> list[Path]:
         The files.
     """
     files = []
-    for setting, cases in results.settings():
+    for setting, cases, _ in results.settings():
         name = _file_name(setting)
         if cases["labeled"].nunique() > 1:
             files.append(_save(dice_over_budget(cases, setting["dataset"]), folder / f"dice_over_budget_{name}.png"))

@@ -97,12 +97,11 @@ def attempt(job: Job, cell: Cell) -> bool:
         Whether the cell is settled: finished or failed. False: another process works on it.
     """
     store = CellStore(job.folder, cell)
-    lock = store.lock()
     try:
-        lock.acquire(blocking=False)
+        held = store.lock().acquire(blocking=False)
     except Timeout:
         return False
-    with lock:
+    with held:
         record = store.read()
         if store.is_intact(record):
             return True
