@@ -119,6 +119,44 @@ def finished(build) -> Callable[[str], Any]:
     return get
 
 
+@pytest.fixture(scope="session")
+def check_resuming(build, same) -> Callable[..., None]:
+    """Check that a run stopped at its half and resumed ends as one without interruption, to the bit."""
+
+    def check(name: str, *, epochs: int = 2, **options: Any) -> None:
+        whole, first, second = (build(name, epochs=epochs, **options) for _ in range(3))
+        whole.run_training()
+        stop_after_epoch(first, epochs // 2)
+        with pytest.raises(KeyboardInterrupt):
+            first.run_training()
+        second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+        assert second.current_epoch == epochs // 2
+        second.run_training()
+        expected, resumed = (
+            torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
+            for trainer in (whole, second)
+        )
+        for key in ("network_weights", "optimizer_state", "lgssl", "current_epoch", "inference_allowed_mirroring_axes"):
+            assert same(expected[key], resumed[key]), key
+        for curve in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
+            assert same(expected["logging"][curve], resumed["logging"][curve]), curve
+        assert expected["_best_ema"] == resumed["_best_ema"]
+
+    return check
+
+
+def stop_after_epoch(trainer: Any, epoch: int) -> None:
+    """Make the trainer raise KeyboardInterrupt at the end of an epoch, as a user would."""
+    original = trainer.on_epoch_end
+
+    def on_epoch_end() -> None:
+        original()
+        if trainer.current_epoch == epoch:
+            raise KeyboardInterrupt
+
+    trainer.on_epoch_end = on_epoch_end
+
+
 @pytest.fixture
 def with_settings(started) -> Callable[..., Any]:
     """`with_settings("CPSTrainer", pseudo_weight=1)`: a trainer with these hyper-parameters, ready to train."""

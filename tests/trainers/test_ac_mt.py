@@ -113,6 +113,11 @@ def test_the_prototype_rule_minimises_the_entropy_of_the_other_voxels(with_setti
     assert 0 < terms["entropy"].value < torch.log(torch.tensor(3.0))
 
 
+def test_resuming_by_the_prototype_rule_ends_as_an_uninterrupted_run_to_the_bit(check_resuming):
+    values = {"variant": "prototype", "passes": 2}
+    check_resuming("ACMTTrainer", iterations=1, training={"seed": 0, "hyperparameters": values})
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_reach_the_student_and_nothing_else(variant, with_settings, next_batches, terms_of, reached):
     trainer = with_settings("ACMTTrainer", variant=variant, passes=2, first_threshold=0.1, last_threshold=0.1)

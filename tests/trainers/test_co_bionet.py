@@ -211,7 +211,8 @@ def test_weights_follow_the_hyperparameters(with_settings, next_batches, terms_o
 
 def test_the_critics_optimizer_follows_the_hyperparameters(with_settings):
     trainer = with_settings("CoBioNetTrainer", critic_learning_rate=0.3, critic_weight_decay=0.2)
-    groups = trainer.adversary.optimizer.param_groups
+    trainer.train_step(next(trainer.dataloader_train))
+    groups = trainer.adversary.optimizer.param_groups  # their learning rate is constant
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.3, 0.2)] * 2
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert not optimized & {id(p) for p in trainer.critics.parameters()}
@@ -225,6 +226,11 @@ def test_the_checkpoint_holds_critics_and_their_optimizer_beside_the_prediction_
     assert same(stored["lgssl"]["critic_optimizer"], trainer.adversary.state_dict())
     assert stored["lgssl"]["critic_optimizer"]["state"]
     assert not any("critic" in name for name in stored["network_weights"])
+
+
+def test_resuming_with_spatial_critics_ends_as_an_uninterrupted_run_to_the_bit(check_resuming):
+    values = {"spatial_critic": True, "critic_voxels": 200}
+    check_resuming("CoBioNetTrainer", iterations=1, training={"seed": 0, "hyperparameters": values})
 
 
 def test_the_gradient_of_one_network_is_clipped_without_the_other(trainer):

@@ -289,6 +289,10 @@ def test_a_run_on_two_slices_trains_to_the_end(build, two_slices):
     assert all(math.isfinite(value) for row in trainer.term_log.rows for value in row.values())
 
 
+def test_resuming_on_two_slices_ends_as_an_uninterrupted_run_to_the_bit(check_resuming, two_slices):
+    check_resuming(NAME, dataset=two_slices, iterations=1, training={"seed": 0, "hyperparameters": {"passes": 2}})
+
+
 # --------------------------------------------------------------------------------------- two slices: the batches
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,41 @@ EVERY_VOXEL = {
     "FixMatchTrainer": {"threshold": 0.0},
     "UAMTTrainer": {"first_threshold": 1.0},
 }
+# Hyper-parameters with which a method that trains the planned network takes SupervisedTrainer's steps.
+SUPERVISED_AT = {
+    "ACMTTrainer": {"consistency_weight": 0.0, "dropout": 0.0},
+    "CPSTrainer": {"pseudo_weight": 0.0},
+    "FixMatchTrainer": {"pseudo_weight": 0.0},
+    "MeanTeacherTrainer": {"consistency_weight": 0.0},
+    "PseudoLabelTrainer": {"pseudo_weight": 0.0},
+    "UAMTTrainer": {"consistency_weight": 0.0, "dropout": 0.0},
+    EXAMPLE: {"weight": 0.0},
+}
+# Networks, or decoders of one, each of which learns from each of the others in unlabelled terms.
+PEERS = {
+    "CAMLTrainer": ("network", "auxiliary_network"),
+    "CPSTrainer": ("network", "second_network"),
+    "CoBioNetTrainer": ("network.first", "network.second"),
+    "DeSCOTrainer": ("network", "second_network"),
+    "LGSSLTrainer": ("network.decoder", "network.further_decoders.0"),
+    "MCFTrainer": ("network.first", "network.second"),
+    "MCNetPlusTrainer": ("network.decoder", "network.further_decoders.0", "network.further_decoders.1"),
+}
+# Methods without peer or teacher, and where their targets come from.
+ALONE = {
+    "FixMatchTrainer": "the network itself, on the weak view",
+    "PseudoLabelTrainer": "a model that was finished before",
+    "TACTrainer": "prototypes of labelled patches",
+}
+# Unlabelled terms that follow something else than peers or teacher: labels, a critic.
+TEACHERS = {
+    ("BCPTrainer", "labelled voxels"): (),
+    ("CAMLTrainer", "supervised auxiliary"): (),
+    ("CoBioNetTrainer", "adversarial"): ("critics.0",),
+    ("CoBioNetTrainer", "adversarial second"): ("critics.1",),
+}
+# Methods in which a verdict on labelled patches says who learns: its name, and each of its values.
+VERDICTS = {"MCFTrainer": ("_first_is_better", (True, False))}
 WITH_TEACHER = [*(name for name in TRAINERS if hasattr(find_trainer(name).hyperparameters, "teacher_decay")), EXAMPLE]
 
 
@@ -91,6 +127,7 @@ REFUSES = {
 MAX_LINES = 150
 
 Terms = dict[str, Any]
+Lesson = dict[int, torch.Tensor]
 
 
 def terms_of(trainer: Any, batches: tuple) -> Terms:
@@ -136,12 +173,45 @@ def gradients(trainer: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in trained_parameters(trainer).items() if p.grad is not None}
 
 
-def disturb(network: torch.nn.Module) -> None:
-    """Move every weight of a network a little."""
+@contextmanager
+def disturbed(network: torch.nn.Module) -> Iterator[None]:
+    """Every weight of a network moved a little, for a while."""
     generator = torch.Generator().manual_seed(2)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    yield
+    with torch.no_grad():
+        for parameter, weights in zip(network.parameters(), before, strict=True):
+            parameter.copy_(weights)
+
+
+def part_of(trainer: Any, name: str) -> torch.nn.Module:
+    """A network or a part of one by its name in `PEERS` and `TEACHERS`."""
+    first, _, rest = name.partition(".")
+    named = {"network": trainer.network, **companions(trainer)}
+    if trainer.teacher is not None:
+        named["teacher"] = trainer.teacher.network
+    return named[first].get_submodule(rest)
+
+
+def lessons(trainer: Any, batches: tuple, learners: tuple[str, ...]) -> dict[tuple[str, str], Lesson]:
+    """By unlabelled term and learner, the gradients that the term has in the learner, as far as they are not 0."""
+    parameters = {learner: list(part_of(trainer, learner).parameters()) for learner in learners}
+    found = {}
+    for term, declared in terms_of(trainer, batches).items():
+        if declared.uses_unlabeled:
+            every = [p for own in parameters.values() for p in own]
+            gradient = iter(torch.autograd.grad(declared.value, every, retain_graph=True, allow_unused=True))
+            for learner, own in parameters.items():
+                numbered = enumerate([next(gradient) for _ in own])
+                found[term, learner] = {i: g for i, g in numbered if g is not None and g.any()}
+    return found
+
+
+def same_lesson(a: Lesson, b: Lesson) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[i], b[i]) for i in a)
 
 
 def other_images(batches: tuple) -> tuple:
@@ -186,18 +256,6 @@ def after_two_steps(trainer: Any) -> tuple[Any, tuple]:
 
 def checkpoint(trainer: Any, name: str = "checkpoint_final.pth") -> dict[str, Any]:
     return torch.load(Path(trainer.output_folder) / name, weights_only=False)
-
-
-def stop_after_epoch(trainer: Any, epoch: int) -> None:
-    """Make the trainer raise KeyboardInterrupt at the end of an epoch, as a user would."""
-    original = trainer.on_epoch_end
-
-    def on_epoch_end() -> None:
-        original()
-        if trainer.current_epoch == epoch:
-            raise KeyboardInterrupt
-
-    trainer.on_epoch_end = on_epoch_end
 
 
 # ---------------------------------------------------------------------------------------------------------- the file
@@ -329,49 +387,64 @@ def test_a_method_of_several_networks_says_that_it_trains_in_one_process(name, s
     assert not (companions(trainer) and trainer_class(name).supports_several_gpus)
 
 
+@pytest.mark.parametrize("name", WITH_UNLABELED)
+def test_what_unlabeled_terms_teach_comes_from_each_teacher_or_peer_and_not_from_the_learner(
+    name, started, monkeypatch
+):
+    trainer, batches = after_two_steps(started(name, **every_voxel(name)))
+    learners = PEERS.get(name, ("network",))
+    partners = PEERS.get(name, ("teacher",) if trainer.teacher is not None else ())
+    assert bool(partners) != (name in ALONE), "say in PEERS or in ALONE which networks learn from each other"
+    taught, method, verdicts = set(), *VERDICTS.get(name, ("loss_terms", (None,)))
+    for verdict in verdicts:
+        if verdict is not None:
+            monkeypatch.setattr(trainer, method, lambda *_, verdict=verdict: verdict)
+        before = lessons(trainer, batches, learners)
+        assert all(same_lesson(before[key], lesson) for key, lesson in lessons(trainer, batches, learners).items())
+        taught |= {learner for (term, learner), lesson in before.items() if lesson and (name, term) not in TEACHERS}
+        for partner in {*partners, *(p for (n, _), others in TEACHERS.items() if n == name for p in others)}:
+            with disturbed(part_of(trainer, partner)):
+                after = lessons(trainer, batches, learners)
+            for (term, learner), lesson in before.items():
+                if lesson and learner != partner and partner in TEACHERS.get((name, term), partners):
+                    assert not same_lesson(lesson, after[term, learner]), (term, learner, partner)
+    assert taught == set(learners)
+
+
 @pytest.mark.parametrize("name", WITH_TEACHER)
-def test_the_unlabeled_terms_follow_the_teacher_and_not_the_student_itself(name, started):
+def test_labeled_terms_know_no_teacher(name, started):
     trainer, batches = after_two_steps(started(name))
     before = terms_of(trainer, batches)
-    disturb(trainer.teacher.network)
-    after = terms_of(trainer, batches)
-    moved = {n for n in before if abs(float(before[n].value.detach() - after[n].value.detach())) > 1e-7}
-    assert moved
-    assert all(before[n].uses_unlabeled for n in moved)
-
-
-@pytest.mark.parametrize("name", WITH_UNLABELED)
-def test_what_the_network_learns_from_unlabeled_patches_comes_from_its_companions(name, started):
-    trainer, batches = after_two_steps(started(name))
-
-    def learnt() -> dict[str, torch.Tensor]:
-        terms = terms_of(trainer, batches)
-        unlabeled = torch.stack([term.value for term in terms.values() if term.uses_unlabeled]).sum()
-        return {n: g for n, g in gradients(trainer, unlabeled).items() if "/" not in n}
-
-    before = learnt()
-    for companion in companions(trainer).values():
-        disturb(companion)
-    after = learnt()
-    if companions(trainer):
-        assert largest_difference(before, after) > 1e-7
-    else:
-        assert largest_difference(before, after) == 0  # shows that the comparison is not one of noise
+    with disturbed(trainer.teacher.network):
+        after = terms_of(trainer, batches)
+    assert all(torch.equal(before[n].value, after[n].value) for n in before if not before[n].uses_unlabeled)
 
 
 @pytest.mark.parametrize("name", LABELED_APART)
-def test_with_unlabeled_weights_zero_gradients_are_those_without_the_unlabeled_terms(name, started):
+def test_with_unlabeled_weights_zero_gradients_are_the_labeled_ones_whatever_the_unlabeled_images(name, started):
     trainer = started(name)
     trainer.train_step(next(trainer.dataloader_train))
     batches = trainer.to_batches(next(trainer.dataloader_train))
-    terms = terms_of(trainer, batches)
-    alone = gradients(trainer, trainer.total({n: t for n, t in terms.items() if not t.uses_unlabeled}))
-    for images in (batches, other_images(batches)):
-        silenced = {
-            n: dataclasses.replace(t, weight=0.0) if t.uses_unlabeled else t
-            for n, t in terms_of(trainer, images).items()
-        }
-        assert largest_difference(gradients(trainer, trainer.total(silenced)), alone) < 1e-5
+    labeled = {n: t for n, t in terms_of(trainer, batches).items() if not t.uses_unlabeled}
+    alone = gradients(trainer, trainer.total(labeled))
+    silenced = {
+        n: dataclasses.replace(t, weight=0.0) if t.uses_unlabeled else t
+        for n, t in terms_of(trainer, other_images(batches)).items()
+    }
+    assert largest_difference(gradients(trainer, trainer.total(silenced)), alone) < 1e-5
+
+
+@pytest.mark.parametrize("name", SUPERVISED_AT)
+def test_with_weight_zero_steps_are_those_of_supervised_training_to_the_bit(name, started, same):
+    # With SGD: the first steps of AdamW do not tell a loss from its half.
+    trainer = started(name, changes=as_on_a_gpu, training={"seed": 0, "hyperparameters": SUPERVISED_AT[name]})
+    supervised = started("SupervisedTrainer", changes=as_on_a_gpu)
+    supervised.network.load_state_dict(trainer.network.state_dict())
+    for _ in range(2):
+        batch = next(trainer.dataloader_train)
+        trainer.train_step(batch)
+        supervised.train_step({key: value for key, value in batch.items() if not key.startswith("unlabeled_")})
+        assert same(dict(trainer.network.state_dict()), dict(supervised.network.state_dict()))
 
 
 @pytest.mark.parametrize("name", RAMPED)
@@ -460,8 +533,10 @@ def test_patches_of_three_foreground_classes_hold_all_of_them(configuration, sta
     assert set(torch.cat(targets).unique().tolist()) - {-1} == {0, 1, 2, 3}
 
 
-def test_refusals_are_those_of_known_trainers_in_known_situations():
-    assert {name for name, _ in REFUSES} <= set(GRID)
+def test_the_lists_of_this_file_name_trainers_and_situations_that_exist():
+    lists = (STEADY, GUIDED, EVERY_VOXEL, SUPERVISED_AT, PEERS, ALONE, VERDICTS)
+    named = {*(name for names in lists for name in names), *(name for name, _ in (*TEACHERS, *REFUSES))}
+    assert named <= set(GRID)
     assert {situation for _, situation in REFUSES} <= set(SITUATIONS)
 
 
@@ -644,24 +719,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(name, started, same
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", GRID)
-def test_resuming_ends_as_an_uninterrupted_run_to_the_bit(name, schedule, build, same):
-    options = {"epochs": 4, "changes": SCHEDULES[schedule]}
-    whole = build(name, **options)
-    whole.run_training()
-    first = build(name, **options)
-    stop_after_epoch(first, 2)
-    with pytest.raises(KeyboardInterrupt):
-        first.run_training()
-    second = build(name, **options)
-    second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
-    assert second.current_epoch == 2
-    second.run_training()
-    expected, resumed = checkpoint(whole), checkpoint(second)
-    for key in ("network_weights", "optimizer_state", "lgssl", "current_epoch", "inference_allowed_mirroring_axes"):
-        assert same(expected[key], resumed[key]), key
-    for curve in ("train_losses", "val_losses", "mean_fg_dice", "lrs"):
-        assert same(expected["logging"][curve], resumed["logging"][curve]), curve
-    assert expected["_best_ema"] == resumed["_best_ema"]
+def test_resuming_ends_as_an_uninterrupted_run_to_the_bit(name, schedule, check_resuming):
+    check_resuming(name, epochs=4, changes=SCHEDULES[schedule])
 
 
 @pytest.mark.parametrize("name", WITH_TEACHER)
