@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -14,8 +15,12 @@ from lgssl_nnunet.paths import VARIABLES
 PACKAGES = ("lgssl_nnunet", "nnunetv2", "torch", "batchgeneratorsv2", "numpy", "SimpleITK")
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
-    """Return the versions that decide a result, and the commit of this package if it is a checkout."""
+    """Return the versions that decide a result, and the commit of this package if it is a checkout.
+
+    Kept for the life of the process: what is changed on disk later is not what runs.
+    """
     found = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     return found | {"commit": _commit()}
 

@@ -49,7 +49,7 @@ def test_one_seed_has_no_deviation():
     assert math.isnan(over_seeds(one_class(METHOD, 0, 0.5), "dice")["std"].loc[("4", METHOD), "mean"])
 
 
-# ------------------------------------------------------------------------------------------------------ share of the gap
+# ----------------------------------------------------------------------------------------------------- share of the gap
 
 
 def test_the_share_of_the_gap_is_that_of_the_means_over_common_seeds():

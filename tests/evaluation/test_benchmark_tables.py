@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,21 +19,28 @@ from lgssl_nnunet.evaluation.worker import work
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def fakes(monkeypatch):
-    monkeypatch.syspath_prepend(str(HERE))
-    import fake_cells
+@pytest.fixture(scope="module")
+def fakes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        import fake_cells
 
-    return fake_cells
+        yield fake_cells
 
 
-@pytest.fixture
-def folder(tmp_path, fakes):
-    """Two methods and two seeds with 4 labels, the baseline with all, and a cell that fails."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, fakes):
     cells = [fakes.make_cell(seed, trainer) for seed in (0, 1) for trainer in ("SupervisedTrainer", "LGSSLTrainer")]
     cells += [fakes.make_cell(0, budget=None), fakes.make_cell(fakes.FAILING, settings=(("dropout", 0.5),))]
-    work(fakes.make_job(tmp_path, *cells))
-    return tmp_path
+    folder = tmp_path_factory.mktemp("made")
+    work(fakes.make_job(folder, *cells))
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    """Two methods and two seeds with 4 labels, the baseline with all, and a cell that fails."""
+    return shutil.copytree(made, tmp_path / "benchmark")
 
 
 def run(*words: str) -> int:

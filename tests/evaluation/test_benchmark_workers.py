@@ -21,12 +21,17 @@ from lgssl_nnunet.evaluation.workers import divided_cores, run_workers
 HERE = Path(__file__).parent
 SCRIPT = """
 import sys
+import time
 from pathlib import Path
 import fake_cells
 from lgssl_nnunet.evaluation.worker import work
 
-seeds = [int(word) for word in sys.argv[3:]]
-work(fake_cells.make_job(Path(sys.argv[1]), *map(fake_cells.make_cell, seeds), session=sys.argv[2]))
+folder, together = Path(sys.argv[1]), int(sys.argv[3])
+seeds = [int(word) for word in sys.argv[4:]]
+(folder / f"ready_{sys.argv[2]}").touch()
+while len(list(folder.glob("ready_*"))) < together:
+    time.sleep(0.01)
+work(fake_cells.make_job(folder, *map(fake_cells.make_cell, seeds), session=sys.argv[2]))
 """
 
 
@@ -44,8 +49,10 @@ def record_of(folder: Path, cell) -> dict:
     return json.loads((CellStore(folder, cell).place / "cell.json").read_text())
 
 
-def start_process(folder: Path, session: str, *seeds: int) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), session, *map(str, seeds)])
+def start_process(folder: Path, session: str, *seeds: int, together: int = 1) -> subprocess.Popen:
+    """Work on the cells of these seeds, as soon as `together` processes are ready for it."""
+    words = [str(folder), session, str(together), *map(str, seeds)]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *words])
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, fakes):
@@ -149,7 +156,7 @@ def test_a_file_that_somebody_adds_to_the_predictions_changes_nothing(tmp_path, 
 
 
 def test_two_processes_on_one_folder_run_every_cell_once(tmp_path, fakes):
-    processes = [start_process(tmp_path, session, *range(6)) for session in ("first", "second")]
+    processes = [start_process(tmp_path, session, *range(6), together=2) for session in ("first", "second")]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
     assert sorted(fakes.runs(tmp_path)) == sorted(fakes.make_cell(seed).name for seed in range(6))
     assert len({record_of(tmp_path, fakes.make_cell(seed))["pid"] for seed in range(6)}) == 2
