@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib import colormaps
@@ -76,6 +76,16 @@ def difference_map(reference: np.ndarray, prediction: np.ndarray, ignored: int |
     differing = (reference != prediction) & (reference != (-1 if ignored is None else ignored))
     kinds = np.where(prediction == 0, 1, np.where(reference == 0, 2, 3))
     return np.where(differing, kinds, 0).astype(np.uint8)
+
+
+def color_indices(labels: Volume) -> Volume:
+    """Return a label map in which each label is the number of its colour, from 1, and 0 stays 0.
+
+    NiiVue mixes neighbouring colours of long tables (it looks them up a fraction of an entry off), so it gets a short
+    one.
+    """
+    numbers = (labels.voxels.astype(np.int64) - 1) % len(CLASS_COLORS) + 1
+    return replace(labels, voxels=np.where(labels.voxels > 0, numbers, 0).astype(np.uint8))
 
 
 def draw_case(

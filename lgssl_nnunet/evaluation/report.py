@@ -15,13 +15,13 @@ from tqdm import tqdm
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.evaluation.curves import charts
 from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
-from lgssl_nnunet.evaluation.overlays import difference_map, draw_case
+from lgssl_nnunet.evaluation.overlays import color_indices, difference_map, draw_case
 from lgssl_nnunet.evaluation.report_facts import collect_facts, foreground_names, ignored_label
 from lgssl_nnunet.evaluation.report_inputs import ReportCase, ReportInputs, find_inputs
 from lgssl_nnunet.evaluation.report_page import GENERATOR, CaseSection, Page, render
 from lgssl_nnunet.evaluation.report_tables import rank_cases, worst_and_best
 from lgssl_nnunet.evaluation.viewer import WITHOUT_VIEWER, ViewerCase, niivue_script, pack_case
-from lgssl_nnunet.evaluation.volumes import Volume, read_labels, read_volume, windowed
+from lgssl_nnunet.evaluation.volumes import SOFT_TISSUE, Volume, read_labels, read_volume, windowed
 from lgssl_nnunet.files import link_file, write_atomically
 from lgssl_nnunet.plans.cases import find_reader
 
@@ -187,10 +187,11 @@ class _Volumes:
         self.remarks: list[str] = []
         self.prediction = read_labels(case.prediction, reader)
         self.reference = read_labels(case.reference, reader) if case.reference else None
+        channels = inputs.dataset_json.get("channel_names", {})
+        self.is_ct = str(channels.get("0", "")).lower() == "ct"
         self.image = self._background(case.image, reader, "image")
         maps = {name: self._background(file, reader, name) for name, file in case.selection_maps.items()}
         self.maps = {name: volume for name, volume in maps.items() if volume is not None}
-        channels = inputs.dataset_json.get("channel_names", {})
         if self.image is not None and len(channels) > 1:
             self.remarks.append(f"The image is the first of {len(channels)} channels ({channels.get('0', '0')}).")
 
@@ -203,14 +204,17 @@ class _Volumes:
         if volume.voxels.shape != self.prediction.voxels.shape:
             self.remarks.append(f"The {kind} has another grid than the prediction and is not shown.")
             return None
+        if kind == "image" and self.is_ct and volume.voxels.min() < SOFT_TISSUE[0]:  # else not in HU
+            self.remarks.append("CT window: {:.0f} to {:.0f} HU.".format(*SOFT_TISSUE))
+            return windowed(volume, SOFT_TISSUE)
         return windowed(volume)
 
     def packed(self, limit: int) -> ViewerCase:
-        labels = {"prediction": self.prediction}
+        labels = {"prediction": color_indices(self.prediction)}
         if self.reference is not None:
             kinds = difference_map(self.reference.voxels, self.prediction.voxels, self.ignored)
             difference = replace(self.prediction, voxels=kinds)
-            labels = {"reference": self.reference, "prediction": self.prediction, "difference": difference}
+            labels = {"reference": color_indices(self.reference), **labels, "difference": difference}
         return pack_case(self.name, self.image, labels, self.maps, limit)
 
 

@@ -24,6 +24,8 @@ from lgssl_nnunet.evaluation.viewer import ViewerCase
 GENERATOR = '<meta name="generator" content="lgssl_report">'
 _PACKAGE = "lgssl_nnunet.evaluation"
 _IN_HEADINGS = ("dice", "hd95")
+_IN_HEADLINES = 6
+_IN_HEADLINE = ("dice", "jaccard", "surface_dice", "hd95", "assd")
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,12 @@ class CaseSection:
 
     @property
     def headline(self) -> str:
-        """The main metrics of each class in words."""
-        return (
-            "; ".join(
-                f"{result.name}: " + ", ".join(_in_words(name, getattr(result, name, None)) for name in _IN_HEADINGS)
-                for result in self.results
-            )
-            .replace(", ;", ";")
-            .rstrip(", ")
-        )
+        """The main metrics of each class in words; of many classes only the worst."""
+        measured = [result for result in self.results if not math.isnan(result.dice)]
+        if len(measured) <= _IN_HEADLINES:
+            return "; ".join(_class_in_words(result) for result in self.results)
+        worst = sorted(measured, key=lambda result: result.dice)[:_IN_HEADLINES]
+        return f"Worst of {len(measured)} classes: {'; '.join(_class_in_words(result) for result in worst)}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def render(page: Page) -> str:
         charts=[(chart, Markup(draw(chart))) for chart in page.charts],
         legend=[(classes[value], colors[value]) for value in classes],
         differences=[(kind, DIFFERENCE_MEANING[kind], f"#{color}") for kind, color in DIFFERENCE_COLORS.items()],
-        viewer_settings=Markup(_json(_viewer_settings(page, classes, colors))),
+        viewer_settings=Markup(_json(_viewer_settings(page))),
     )
 
 
@@ -101,13 +100,9 @@ def _asset(name: str) -> Markup:
     return Markup((files(_PACKAGE) / "templates" / name).read_text(encoding="utf-8"))
 
 
-def _viewer_settings(page: Page, classes: Mapping[int, str], colors: Mapping[int, str]) -> dict[str, Any]:
+def _viewer_settings(page: Page) -> dict[str, Any]:
     """Return what the viewer's script needs besides the volumes: the label colours, and each case's layers."""
-    shown = [case for case in page.cases if case.viewer is not None]
-    labels = label_colors(classes, colors)
-    differences = label_colors(
-        dict(enumerate(DIFFERENCE_COLORS, 1)), {i: f"#{c}" for i, c in enumerate(DIFFERENCE_COLORS.values(), 1)}
-    )
+    labels, differences = label_colors(CLASS_COLORS), label_colors(tuple(DIFFERENCE_COLORS.values()))
     cases = [
         {
             "name": case.name,
@@ -116,22 +111,17 @@ def _viewer_settings(page: Page, classes: Mapping[int, str], colors: Mapping[int
             "remark": case.viewer.remark,
             "center": case.viewer.center,
         }
-        for case in shown
+        for case in page.cases
+        if case.viewer is not None
     ]
     return {"colors": {"reference": labels, "prediction": labels, "difference": differences}, "cases": cases}
 
 
-def label_colors(names: Mapping[int, str], colors: Mapping[int, str]) -> dict[str, list]:
-    """Return NiiVue's table of label colours, in which 0 is transparent.
-
-    Args:
-        names: name by label value.
-        colors: "#rrggbb" by label value.
-    """
-    rgb = [(0, 0, 0), *(tuple(bytes.fromhex(colors[value][1:])) for value in names)]
-    red, green, blue = (list(channel) for channel in zip(*rgb, strict=True))
-    alpha = [0] + [255] * len(names)
-    return {"R": red, "G": green, "B": blue, "A": alpha, "I": [0, *names], "labels": ["", *names.values()]}
+def label_colors(colors: Sequence[str]) -> dict[str, list[int]]:
+    """Return NiiVue's table of label colours: 0 is transparent, 1 has the first of the colours ("rrggbb")."""
+    red, green, blue = (list(channel) for channel in zip((0, 0, 0), *map(bytes.fromhex, colors), strict=True))
+    alpha = [0] + [255] * len(colors)
+    return {"R": red, "G": green, "B": blue, "A": alpha, "I": list(range(len(alpha)))}
 
 
 def _json(content: Any) -> str:
@@ -139,13 +129,20 @@ def _json(content: Any) -> str:
     return json.dumps(content).replace("<", "\\u003c")
 
 
+def _class_in_words(result: ClassResult) -> str:
+    texts = [text for name in _IN_HEADINGS if (text := _in_words(name, getattr(result, name)))]
+    return f"{result.name}: {', '.join(texts) or 'absent in both'}"
+
+
 def _in_words(name: str, value: float | None) -> str:
+    """Return a metric with its name and unit, "" if it was not measured."""
     if value is None or math.isnan(value):
-        return "not measurable" if name == "dice" else ""
-    return f"Dice {value:.3f}" if name == "dice" else f"HD95 {value:.1f} mm"
+        return ""
+    label = heading(name).removesuffix(" [mm]")
+    return f"{label} {value:.1f} mm" if heading(name).endswith(" [mm]") else f"{label} {value:.4f}"
 
 
-def _means(results: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the means over the classes by heading, without metrics that were not measured."""
-    means = {name: value for name, value in (results or {}).get("means", {}).items() if value is not None}
-    return {heading(name): "-" if math.isnan(value) else f"{value:.4f}" for name, value in means.items()}
+def _means(results: Mapping[str, Any] | None) -> list[str]:
+    """Return the main means over the classes in words."""
+    means = (results or {}).get("means", {})
+    return [text for name in _IN_HEADLINE if (text := _in_words(name, means.get(name)))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from lgssl_nnunet.evaluation.metrics import ClassResult
 
-_ABBREVIATIONS = {"hd95": "HD95", "assd": "ASSD", "asd": "ASD", "medpy": "(MedPy)", "n": "voxels in"}
+_ABBREVIATIONS = {"dice": "Dice", "hd95": "HD95", "assd": "ASSD", "asd": "ASD", "medpy": "(MedPy)", "n": "voxels in"}
 _MILLIMETRES = {"hd95", "assd", "hd95_medpy", "asd_medpy"}
 _ATTRIBUTE = re.compile(r"^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", re.MULTILINE | re.DOTALL)
 

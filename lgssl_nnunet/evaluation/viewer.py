@@ -142,7 +142,7 @@ def pack_case(
         limit: characters for all layers together.
     """
     volumes = {**({"image": image} if image else {}), **labels, **maps}
-    changes = ["intensities as 8 bits between the 0.5 and 99.5 percentile"] if image or maps else []
+    changes = ["intensities cut to the window and kept as 8 bits"] if image or maps else []
     packed = _encoded(volumes, limit)
     if packed is None:
         foreground = np.logical_or.reduce([volume.voxels > 0 for volume in labels.values()])

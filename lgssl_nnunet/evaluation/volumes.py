@@ -15,6 +15,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from lgssl_nnunet.errors import DatasetError
 
 PERCENTILES = (0.5, 99.5)
+SOFT_TISSUE = (-160.0, 240.0)  # HU; the usual window of the abdomen
 MARGIN_MM = 20.0
 _ITK_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
 _SAMPLE = 2_000_000  # intensities that are enough for a percentile
@@ -77,10 +78,16 @@ def _oriented(image: sitk.Image) -> Volume:
     return Volume(sitk.GetArrayFromImage(image), image.GetSpacing()[::-1], _LPS_TO_RAS @ affine, oriented=True)
 
 
-def windowed(volume: Volume) -> Volume:
-    """Return the intensities between the 0.5 and 99.5 percentile as 0 to 255 (uint8); others become the nearer end."""
+def windowed(volume: Volume, window: tuple[float, float] | None = None) -> Volume:
+    """Return the intensities of a window as 0 to 255 (uint8); what lies outside becomes the nearer end.
+
+    Args:
+        volume: the image.
+        window: lowest and highest intensity; None takes the 0.5 and 99.5 percentile.
+    """
     voxels = np.nan_to_num(volume.voxels.astype(np.float32))
-    low, high = np.percentile(voxels.ravel()[:: max(voxels.size // _SAMPLE, 1)], PERCENTILES)
+    sample = voxels.ravel()[:: max(voxels.size // _SAMPLE, 1)]
+    low, high = window or np.percentile(sample, PERCENTILES)
     scaled = np.clip((voxels - low) / max(float(high - low), 1e-12), 0, 1) * 255
     return replace(volume, voxels=scaled.astype(np.uint8))
 

@@ -265,6 +265,28 @@ def test_regions_and_ignored_voxels_are_reported(make, blocks, tmp_path):
     assert ": 0 differing voxels" in page.text
 
 
+def test_of_many_classes_only_the_worst_are_named_above_the_slices(make, blocks, tmp_path):
+    description = json.loads((blocks["raw"] / "dataset.json").read_text())
+    description["labels"] = {"background": 0, **{f"part {label}": label for label in range(1, 9)}}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    source, references = tmp_path / "predictions", tmp_path / "references"
+    eight = np.zeros(SHAPE, np.uint8)
+    eight[:8] = np.arange(1, 9)[:, None, None]
+    save(references / "m.nii.gz", eight)
+    eight[7] = 0
+    eight[6, 5:] = 0
+    save(source / "m.nii.gz", eight)
+    page = make(source, reference=references, dataset_json=tmp_path / "dataset.json")
+    assert "Worst of 8 classes: part 8: Dice 0.0000" in page.text
+    assert "part 7: Dice 0.5263" in page.text  # 5 of 14 rows are left: 2 * 5 / (5 + 14)
+
+
+def test_ct_is_shown_in_the_window_of_soft_tissue(make, blocks, tmp_path):
+    save(tmp_path / "hounsfield" / "b_0000.nii.gz", np.linspace(-1000, 1000, np.prod(SHAPE)).reshape(SHAPE))
+    assert "CT window: -160 to 240 HU." in make(images=tmp_path / "hounsfield", cases=["b"]).text
+    assert "CT window" not in make(cases=["b"]).text  # 100 to 200 cannot be Hounsfield units of a patient in air
+
+
 def test_plane_images_are_reported(make, tmp_path):
     source, references = tmp_path / "plane", tmp_path / "plane_labels"
     for folder in (source, references):

@@ -18,7 +18,8 @@ from lgssl_nnunet.errors import MissingDependencyError
 from lgssl_nnunet.evaluation import viewer
 from lgssl_nnunet.evaluation.curves import Chart, charts, draw, read_training_log
 from lgssl_nnunet.evaluation.metrics import class_result
-from lgssl_nnunet.evaluation.overlays import choose_slices, difference_map, draw_case
+from lgssl_nnunet.evaluation.overlays import CLASS_COLORS, choose_slices, color_indices, difference_map, draw_case
+from lgssl_nnunet.evaluation.report_page import label_colors
 from lgssl_nnunet.evaluation.report_tables import heading, rank_cases, results_table, worst_and_best
 from lgssl_nnunet.evaluation.viewer import niivue_script, pack_case
 from lgssl_nnunet.evaluation.volumes import Volume, box_around, coarsened, cropped, nifti_bytes, read_volume, windowed
@@ -56,6 +57,19 @@ def test_windowing_cuts_the_extremes_and_stands_constant_and_missing_values():
     assert window.ravel()[500] == 127
     assert windowed(volume(np.full((2, 2, 2), 7.0))).voxels.tolist() == np.zeros((2, 2, 2)).tolist()
     assert windowed(volume(np.full((2, 2, 2), np.nan))).voxels.max() == 0
+
+
+def test_a_named_window_is_kept_to():
+    values = np.array([[[-1000.0, -160.0, 40.0, 240.0, 3000.0]]])
+    assert windowed(volume(values), (-160, 240)).voxels.ravel().tolist() == [0, 0, 127, 255, 255]
+
+
+def test_the_viewer_gets_numbers_of_colours_so_that_its_table_is_short():
+    labels = volume(np.array([[[0, 1, 7, 8, 117]]], dtype=np.uint8))
+    assert color_indices(labels).voxels.ravel().tolist() == [0, 1, 7, 1, 5]
+    table = label_colors(CLASS_COLORS)
+    assert [table[channel][1] for channel in "RGBAI"] == [0xE6, 0x9F, 0x00, 255, 1]
+    assert (table["A"][0], len(table["R"])) == (0, 8)
 
 
 def test_the_box_keeps_a_margin_in_millimetres_and_stays_inside():

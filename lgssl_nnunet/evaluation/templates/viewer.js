@@ -10,7 +10,7 @@ let shown = null;
 async function start() {
   viewer = new Niivue({
     dragAndDropEnabled: false, isRadiologicalConvention: true, isNearestInterpolation: true, backColor: [0, 0, 0, 1],
-    multiplanarShowRender: 1, show3Dcrosshair: true, crosshairWidth: 0.3, crosshairWidthUnit: "percent",
+    multiplanarShowRender: 1, show3Dcrosshair: true, crosshairWidth: 0.6, crosshairWidthUnit: "percent",
     crosshairColor: [1, 1, 1, 0.5], logLevel: "error",
   });
   await viewer.attachToCanvas(element("canvas"));
