@@ -6,9 +6,12 @@ import dataclasses
 import importlib
 import inspect
 import math
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,16 @@ from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
 NAME, MODULE = "ICTTrainer", "lgssl_nnunet.trainers.ict"
 LONGEST_METHOD_FILE = 150
+# The grid's tests of the file and of its terms; those of what every trainer inherits would double the time.
+SHORT_TESTS = "is_short or pickles or documents or terms or every_parameter) and not (bfloat16"
+# A plugin of pytest, because the grid collects the trainers while it is imported.
+PLUGIN = """
+import lgssl_nnunet.trainers
+
+for folders in (lgssl_nnunet.trainers.__path__, lgssl_nnunet.trainers.__spec__.submodule_search_locations):
+    if {folder!r} not in folders:
+        folders.append({folder!r})
+"""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +103,20 @@ def test_it_refuses_what_the_page_says(method_file, build_trainer, tmp_path):
     with pytest.raises(UsageError, match="use --unlabeled_batch_size 2 or more"):
         build_trainer(NAME, results=tmp_path, training={"unlabeled_batch_size": 1})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_contract_grid_finds_it_and_has_nothing_to_say_against_it(method_file, root, tmp_path):
+    folder = str(Path(inspect.getfile(find_trainer(NAME))).parent)
+    (tmp_path / "with_the_pages_file.py").write_text(PLUGIN.format(folder=folder), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "with_the_pages_file", "-p", "no:cacheprovider"]
+    command += ["tests/trainers/test_trainer_contract.py", "-k", f"ICT and ({SHORT_TESTS})"]
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    variables["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 12
 
 
 def test_a_mixture_with_share_one_is_the_patch_itself(method_file):

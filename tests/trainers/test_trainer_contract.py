@@ -402,7 +402,7 @@ def test_what_unlabeled_terms_teach_comes_from_each_teacher_or_peer_and_not_from
         before = lessons(trainer, batches, learners)
         assert all(same_lesson(before[key], lesson) for key, lesson in lessons(trainer, batches, learners).items())
         taught |= {learner for (term, learner), lesson in before.items() if lesson and (name, term) not in TEACHERS}
-        for partner in {*partners, *(p for (n, _), others in TEACHERS.items() if n == name for p in others)}:
+        for partner in dict.fromkeys((*partners, *(p for key in TEACHERS if key[0] == name for p in TEACHERS[key]))):
             with disturbed(part_of(trainer, partner)):
                 after = lessons(trainer, batches, learners)
             for (term, learner), lesson in before.items():
