@@ -314,6 +314,7 @@ def test_an_earlier_report_is_replaced_and_another_file_is_not(make, blocks, tmp
     [
         ({"source": "missing"}, DatasetError, "missing does not exist"),
         ({"source": "raw"}, DatasetError, "neither a model folder .* nor a folder of predictions"),
+        ({"source": "labels"}, DatasetError, "holds no dataset.json, as models and predictions do"),
         ({"source": "fold"}, DatasetError, "fold_all is one fold; give its model folder"),
         ({"reference": "images"}, DatasetError, "-ref .* holds no file of the 3 predicted cases"),
         ({"images": "labels"}, DatasetError, "-i .* holds no file of the 3 predicted cases"),
