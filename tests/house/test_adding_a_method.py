@@ -109,14 +109,14 @@ def test_the_contract_grid_finds_it_and_has_nothing_to_say_against_it(method_fil
     folder = str(Path(inspect.getfile(find_trainer(NAME))).parent)
     (tmp_path / "with_the_pages_file.py").write_text(PLUGIN.format(folder=folder), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "with_the_pages_file", "-p", "no:cacheprovider"]
-    command += ["tests/trainers/test_trainer_contract.py", "-k", f"ICT and ({SHORT_TESTS})"]
+    command += ["tests/trainers/test_trainer_contract.py", "-k", f"{NAME} and ({SHORT_TESTS})"]
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     variables["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= 12
+    assert passed >= 10
 
 
 def test_a_mixture_with_share_one_is_the_patch_itself(method_file):
