@@ -163,8 +163,8 @@ def _description(named: Path | None, *folders: Path | None) -> dict[str, Any]:
     description = read_json(named) if named else _first_json("dataset.json", *folders)
     if description is None:
         raise DatasetError(
-            f"{folders[0]} holds no dataset.json, as models and predictions do; give such a folder, or with predictions "
-            "from elsewhere name the dataset.json that says what the labels mean with -djfile."
+            f"{folders[0]} holds no dataset.json, as models and predictions do; give such a folder, or with "
+            "predictions from elsewhere name the dataset.json that says what the labels mean with -djfile."
         )
     missing = [key for key in _NEEDED_IN_DATASET if key not in description]
     if missing:
