@@ -33,6 +33,7 @@ BATCHES = "lgssl_nnunet/data/batches.py: SeededBatches"
 LOADER = "lgssl_nnunet/data/unlabeled.py: UnlabeledLoader"
 DATASET = "lgssl_nnunet/data/unlabeled.py: UnlabeledDataset"
 VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
+EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
 PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
@@ -226,15 +227,19 @@ WATCHED: dict[str, tuple[str, ...]] = {
     "nnunetv2/inference/export_prediction.py: export_prediction_from_logits": (
         "lgssl_nnunet/inference/predictor.py: _export",
     ),
-    "nnunetv2/evaluation/evaluate_predictions.py: compute_metrics": ("lgssl_nnunet/evaluation/evaluate.py: _measure",),
-    "nnunetv2/evaluation/evaluate_predictions.py: compute_metrics_on_folder": (
-        "lgssl_nnunet/evaluation/evaluate.py: _summary",
+    "nnunetv2/evaluation/evaluate_predictions.py: compute_metrics": (
+        "lgssl_nnunet/evaluation/case.py: measure_case",
+        "lgssl_nnunet/evaluation/case.py: _CheckedReader",
     ),
-    "nnunetv2/evaluation/evaluate_predictions.py: save_summary_json": ("lgssl_nnunet/evaluation/evaluate.py: _write",),
+    "nnunetv2/evaluation/evaluate_predictions.py: region_or_label_to_mask": (
+        "lgssl_nnunet/evaluation/case.py: measure_case",
+    ),
+    "nnunetv2/evaluation/evaluate_predictions.py: compute_metrics_on_folder": (f"{EVALUATION_FILES}: _summary",),
+    "nnunetv2/evaluation/evaluate_predictions.py: save_summary_json": (f"{EVALUATION_FILES}: write_results",),
     "nnunetv2/evaluation/evaluate_predictions.py: label_or_region_to_key": (
-        "lgssl_nnunet/evaluation/evaluate.py: _write",
+        "lgssl_nnunet/evaluation/case.py: _overlap",
     ),
-    f"{UTILITIES}/json_export.py: recursive_fix_for_json_export": ("lgssl_nnunet/evaluation/evaluate.py: _summary",),
+    f"{UTILITIES}/json_export.py: recursive_fix_for_json_export": (f"{EVALUATION_FILES}: _summary",),
     # Plans, labels and networks.
     f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager": (f"{PREDICTOR}.load_model", f"{BASE}.__init__"),
     f"{UTILITIES}/plans_handling/plans_handler.py: ConfigurationManager": (

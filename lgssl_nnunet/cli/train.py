@@ -31,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-tr", default=None, help="trainer class, if the third word is a fold")
     parser.add_argument("-f", default=None, help="fold: all (default, every labelled case trains) or 0 to 4")
-    parser.add_argument(
-        "-p", default=None, help="plans name (default: the newest that lgssl_plan_and_preprocess made)"
-    )
+    parser.add_argument("-p", default=None, help="plans name (default: the newest that lgssl_plan_and_preprocess made)")
     ours = parser.add_argument_group(
         "options that become part of the model folder's name when they differ from the plans"
     )
