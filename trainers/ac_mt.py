@@ -115,7 +115,7 @@ class ACMTTrainer(SemiSupervisedTrainer):
             return prototype_errors(passes, student, self.hp.certain_deviation)
         if self.hp.variant == "uncertainty":
             student = mean_of_passes(
-                lambda: self.probabilities(self.network(with_noise(image, self.hp.noise))), self.hp.passes
+                lambda noisy: self.probabilities(self.network(noisy)), image, self.hp.noise, self.hp.passes
             )
         regions = self.label_manager.has_regions
         shares = self.hp.first_threshold, self.hp.last_threshold

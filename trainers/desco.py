@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lgssl_nnunet.data.sparse import OrthogonalDataset, follow_nearest
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_ranges
-from lgssl_nnunet.engine.perturbation import with_noise
 from lgssl_nnunet.engine.schedules import slice_trust
 from lgssl_nnunet.losses.pseudo_labels import hard_labels
 from lgssl_nnunet.losses.uncertainty import entropy, entropy_threshold, mean_of_passes
@@ -109,14 +108,16 @@ class DeSCOTrainer(SemiSupervisedTrainer):
         networks, terms = (self.network, self.second), {}
         own = [self._own_rows(labeled.image, turn) for turn in range(2)]
         images = [unlabeled.strong[self._own_rows(unlabeled.strong, turn)] for turn in range(2)]
+        patches = [torch.cat([labeled.image[own[turn]], images[turn]]) for turn in range(2)]
         # With gradient first: older versions of torch keep the half-precision weights of a pass without one.
-        supervised = [network(labeled.image[part]) for network, part in zip(networks, own, strict=True)]
-        students = [finest(network(image)) for network, image in zip(networks, images, strict=True)]
+        outputs = [network(both) for network, both in zip(networks, patches, strict=True)]
         for turn, name in enumerate(("", " second")):
+            n = len(patches[turn]) - len(images[turn])
             supervise = partial(self._sparse_loss, turn=turn) if self.is_sparse else self.supervised_loss
-            loss = supervise(supervised[turn], rows(labeled.target, own[turn]))
+            loss = supervise(rows(outputs[turn], slice(n)), rows(labeled.target, own[turn]))
             terms[f"supervised{name}"] = Term(loss, 1 - weight)
-            pseudo = self._learn_from(networks[1 - turn], students[turn], images[turn])
+            student = finest(rows(outputs[turn], slice(n, None)))
+            pseudo = self._learn_from(networks[1 - turn], student, images[turn])
             terms[f"pseudo{name}"] = Term(pseudo, weight, uses_unlabeled=True)
         return terms
 
@@ -137,7 +138,7 @@ class DeSCOTrainer(SemiSupervisedTrainer):
         regions = self.label_manager.has_regions
         with torch.no_grad():
             label = hard_labels(self.probabilities(teacher(image)), regions)
-        mean = mean_of_passes(lambda: self.probabilities(teacher(with_noise(image, self.hp.noise))), self.hp.passes)
+        mean = mean_of_passes(lambda noisy: self.probabilities(teacher(noisy)), image, self.hp.noise, self.hp.passes)
         shares = self.hp.first_threshold, self.hp.last_threshold
         threshold = entropy_threshold(*shares, self.ramp(), outputs.shape[1], regions)
         return weighted_cross_entropy(outputs, label, entropy(mean, regions) < threshold, regions)

@@ -67,15 +67,16 @@ class UAMTTrainer(SemiSupervisedTrainer):
         supervised = self.supervised_loss(self.network(labeled.image), labeled.target)
         student = self.probabilities(self.network(unlabeled.strong))
         certain = self._uncertainty(unlabeled.weak) < self._threshold(student.shape[1])
-        consistency = agreement(student, self._teacher_pass(unlabeled.weak), certain)
+        noisy = with_noise(unlabeled.weak, self.hp.noise)
+        consistency = agreement(student, self._teacher_pass(noisy), certain)
         weight = self.hp.consistency_weight * self.ramp(self.hp.ramp_fraction)
         return {"supervised": Term(supervised), "consistency": Term(consistency, weight, uses_unlabeled=True)}
 
-    def _teacher_pass(self, image: Tensor) -> Tensor:
-        return self.probabilities(self.teacher(with_noise(image, self.hp.noise), dropout=True))
+    def _teacher_pass(self, noisy: Tensor) -> Tensor:
+        return self.probabilities(self.teacher(noisy, dropout=True))
 
     def _uncertainty(self, image: Tensor) -> Tensor:
-        mean = mean_of_passes(lambda: self._teacher_pass(image), self.hp.passes)
+        mean = mean_of_passes(self._teacher_pass, image, self.hp.noise, self.hp.passes)
         return entropy(mean, self.label_manager.has_regions)
 
     def _threshold(self, channels: int) -> float:

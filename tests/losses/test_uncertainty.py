@@ -43,8 +43,18 @@ def test_the_first_threshold_keeps_voxels_above_a_probability_of_0_7846():
 
 
 def test_the_mean_of_passes_is_theirs_and_has_no_gradient():
-    weight = torch.ones(2, requires_grad=True)
+    weight = torch.ones(2, 1, 1, requires_grad=True)
     draws = iter([1.0, 2.0, 6.0])
-    mean = mean_of_passes(lambda: weight * next(draws), 3)
-    assert mean.tolist() == [3.0, 3.0]
+    mean = mean_of_passes(lambda image: weight * next(draws), torch.zeros(2, 1, 1), 0.0, 3)
+    assert mean.flatten().tolist() == [3.0, 3.0]
     assert not mean.requires_grad
+
+
+@pytest.mark.parametrize(("patches", "shown"), [(1, [2, 2, 1]), (2, [2] * 5)])
+def test_passes_of_a_single_patch_go_in_pairs_and_each_has_noise_of_its_own(patches, shown):
+    image, seen = torch.zeros(patches, 1, 50), []
+    mean = mean_of_passes(lambda noisy: seen.append(noisy) or noisy, image, 1.0, 5)
+    assert [len(noisy) for noisy in seen] == shown
+    passes = torch.cat(seen).reshape(5, patches, 1, 50)
+    assert len(passes.flatten(1).unique(dim=0)) == 5
+    assert torch.allclose(mean, passes.mean(dim=0), atol=1e-6)

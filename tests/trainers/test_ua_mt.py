@@ -75,10 +75,14 @@ def test_passes_of_the_teacher_differ_by_dropout_alone(with_settings, next_batch
     assert not trainer.teacher.network.training
 
 
-def test_passes_of_the_teacher_differ_by_noise_alone(with_settings, next_batches):
-    _, unlabeled = next_batches(trainer := with_settings("UAMTTrainer", dropout=0))
-    passes = torch.stack([trainer._teacher_pass(unlabeled.weak) for _ in range(4)])
-    assert passes.var(dim=0).max() > 1e-9
+def test_passes_of_the_teacher_differ_by_noise_alone(with_settings, next_batches, values_of):
+    trainer, shown = with_settings("UAMTTrainer", dropout=0, noise=0.1, passes=3), []
+    trainer.teacher.network.register_forward_pre_hook(lambda _, arguments: shown.append(arguments[0]))
+    batches = next_batches(trainer)
+    values_of(trainer, batches)
+    noise = torch.stack(shown) - batches[1].weak
+    assert noise.std().item() == pytest.approx(0.1, rel=0.1)
+    assert noise.var(dim=0).min() > 0
 
 
 def test_one_pass_is_the_target_and_the_others_are_for_the_uncertainty(with_settings, next_batches, values_of):
