@@ -40,7 +40,7 @@ def info(device: bool = False) -> dict[str, Any]:
     found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "folders": {
             name: {"path": str(folder.path), "source": folder.source, "exists": folder.path.is_dir()}
             for name, folder in folders.items()
@@ -80,7 +80,8 @@ def format_info(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed distribution, None without it."""
     try:
         return version(package)
     except PackageNotFoundError:

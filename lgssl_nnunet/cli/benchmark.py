@@ -8,8 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
-from lgssl_nnunet.errors import UsageError
+from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command, split_settings
 
 _DESCRIPTION = """\
 Plan, train, predict and evaluate every combination of dataset, method, budget and seed, then write tables and plots.
@@ -118,11 +117,8 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: a word without "=".
     """
-    wrong = [word for word in words if "=" not in word]
-    if wrong:
-        raise UsageError(f"--cluster_options takes NAME=VALUE, not {', '.join(wrong)}.")
-    pairs = (word.split("=", 1) for word in words)
-    return {name: int(value) if value.isdecimal() else value for name, value in pairs}
+    options = split_settings(words, "--cluster_options takes NAME=VALUE")
+    return {name: int(value) if value.isdecimal() else value for name, value in options.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

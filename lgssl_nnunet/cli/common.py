@@ -6,11 +6,11 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lgssl_nnunet.errors import LGSSLError
+from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import use_data_folders
 
 if TYPE_CHECKING:
@@ -55,6 +55,33 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, folders: bool = Tru
                 help=f"use this folder instead of the one in the environment variable {variable}",
             )
     group.add_argument("--debug", action="store_true", help="show debug messages, and the traceback of an error")
+
+
+def add_processes_argument(parser: argparse.ArgumentParser, what: str = "worker processes") -> None:
+    """Add `-np`, a number of processes that is at most 8 and at most one per core by default."""
+    parser.add_argument(
+        "-np",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help=f"{what}; 0: none (default: %(default)s)",
+    )
+
+
+def split_settings(words: Sequence[str], usage: str) -> dict[str, str]:
+    """Return name to value from NAME=VALUE words.
+
+    Args:
+        words: what the user gave; a value may hold further "=".
+        usage: which flag takes what, for the message.
+
+    Raises:
+        UsageError: words without "=".
+    """
+    wrong = [word for word in words if "=" not in word]
+    if wrong:
+        raise UsageError(f"{usage}, not {', '.join(wrong)}.")
+    return dict(word.split("=", 1) for word in words)
 
 
 def apply_common_arguments(arguments: argparse.Namespace) -> None:

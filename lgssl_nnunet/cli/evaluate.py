@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
+from lgssl_nnunet.cli.common import add_common_arguments, add_processes_argument, command_parser, run_command
 
 _EXAMPLES = """\
 examples:
@@ -58,13 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out the surface distances, which take most of the time (about 13 s for a liver in 512x512x200)",
     )
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="worker processes; 0: none (default: %(default)s)",
-    )
+    add_processes_argument(parser)
     parser.add_argument(
         "--report", action="store_true", help="also write lgssl_report.html beside the summary; see lgssl_report"
     )

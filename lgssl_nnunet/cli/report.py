@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 
-from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
+from lgssl_nnunet.cli.common import add_common_arguments, add_processes_argument, command_parser, run_command
 
 _EXAMPLES = """\
 examples:
@@ -56,13 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="NiiVue's script, dist/niivue.umd.js of npm's @niivue/niivue (default: the one of the package ipyniivue)",
     )
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="worker processes for the metrics; 0: none (default: %(default)s)",
-    )
+    add_processes_argument(parser, "worker processes for the metrics")
     add_common_arguments(parser)
     return parser
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 
-from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
+from lgssl_nnunet.cli.common import add_common_arguments, add_processes_argument, command_parser, run_command
 
 _DESCRIPTION = """\
 Keep two orthogonal slices of every label and propagate them through the image, for DeSCOTrainer.
@@ -47,13 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="simpleitk, or ants with the package antspyx (default: simpleitk)",
     )
-    parser.add_argument(
-        "-np",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="worker processes; 0: none (default: %(default)s)",
-    )
+    add_processes_argument(parser)
     parser.add_argument("--no_pbar", action="store_true", help="no progress bars, for log files (default: off)")
     add_common_arguments(parser)
     return parser

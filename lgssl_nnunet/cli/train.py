@@ -6,7 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from lgssl_nnunet.cli.common import add_common_arguments, choose_device, command_parser, run_command
+from lgssl_nnunet.cli.common import add_common_arguments, choose_device, command_parser, run_command, split_settings
 from lgssl_nnunet.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: a word without "=".
     """
-    wrong = [setting for setting in settings if "=" not in setting]
-    if wrong:
-        raise UsageError(f"--set takes name=value, not {', '.join(wrong)}.")
-    return dict(setting.split("=", 1) for setting in settings)
+    return split_settings(settings, "--set takes name=value")
 
 
 def _run(args: argparse.Namespace) -> None:

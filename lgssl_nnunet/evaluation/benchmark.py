@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import UsageError
-from lgssl_nnunet.evaluation.benchmark_results import load_results
+from lgssl_nnunet.evaluation.benchmark_results import Results, load_results
 from lgssl_nnunet.evaluation.benchmark_tables import write_tables
 from lgssl_nnunet.evaluation.cell_steps import Execution
-from lgssl_nnunet.evaluation.cells import Cell, method_label, parse_method
+from lgssl_nnunet.evaluation.cells import Cell, cell_from_identity, method_label, parse_method
 from lgssl_nnunet.evaluation.cluster import CLUSTERS, require_submitit, run_on_cluster
 from lgssl_nnunet.evaluation.grid import GridRequest, build_grid
 from lgssl_nnunet.evaluation.plots import draw_plots
@@ -131,7 +131,7 @@ def benchmark(
         _run(job, workers, cluster, cluster_options or {}, progress)
     results = load_results(folder)
     files, plots = write_tables(results, folder, reference), draw_plots(results, folder / "plots")
-    return BenchmarkResult(folder, files, plots, _unfinished(folder, cells))
+    return BenchmarkResult(folder, files, plots, _unfinished(folder, cells, results))
 
 
 def _run(job: Job, workers: int, cluster: str | None, options: Mapping[str, Any], progress: bool) -> None:
@@ -152,8 +152,10 @@ def _is_finished(folder: Path, cell: Cell) -> bool:
     return store.is_intact(store.read())
 
 
-def _unfinished(folder: Path, cells: Sequence[Cell]) -> dict[Cell, str]:
-    left = [cell for cell in cells if not _is_finished(folder, cell)]
+def _unfinished(folder: Path, cells: Sequence[Cell], results: Results) -> dict[Cell, str]:
+    """Return the cells that are not among the results, whose files were hashed when they were loaded."""
+    finished = {cell_from_identity(record["cell"]) for record in results.records}
+    left = [cell for cell in cells if cell not in finished]
     return {cell: (CellStore(folder, cell).read() or {}).get("error", "not finished") for cell in left}
 
 

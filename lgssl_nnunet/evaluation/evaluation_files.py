@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion
 from lgssl_nnunet.evaluation.metrics import POLICY, ClassMean, ClassResult, class_means, foreground_mean
 from lgssl_nnunet.files import write_atomically, write_json
+from lgssl_nnunet.installation import installed_version
 
 _LIBRARIES = ("nnunetv2", "surface-distance", "MedPy", "connected-components-3d")
 
@@ -76,7 +76,7 @@ def _class_summary(
         "tolerance_mm": settings.tolerance,
         "lesion_classes": [name for name in settings.names.values() if name in settings.lesion_classes],
         "empty_masks": POLICY,
-        "versions": {name: _version(name) for name in _LIBRARIES},
+        "versions": {name: installed_version(name) for name in _LIBRARIES},
         "classes": [_without_nan(_measured(asdict(mean))) for mean in classes],
         "mean": _without_nan(means),
     }
@@ -89,13 +89,6 @@ def _measured(columns: dict[str, Any]) -> dict[str, Any]:
 def _without_nan(columns: dict[str, Any]) -> dict[str, Any]:
     """Write null where there is nothing to average: NaN is no JSON."""
     return {n: None if isinstance(value, float) and math.isnan(value) else value for n, value in columns.items()}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def _write_table(results: Sequence[ClassResult], file: Path) -> None:

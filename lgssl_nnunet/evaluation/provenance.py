@@ -6,10 +6,10 @@ import functools
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lgssl_nnunet.installation import installed_version
 from lgssl_nnunet.paths import VARIABLES
 
 PACKAGES = ("lgssl_nnunet", "nnunetv2", "torch", "batchgeneratorsv2", "numpy", "SimpleITK")
@@ -21,7 +21,7 @@ def versions() -> dict[str, str | None]:
 
     Kept for the life of the process: what is changed on disk later is not what runs.
     """
-    found = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    found = {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}}
     return found | {"commit": _commit()}
 
 
@@ -55,13 +55,6 @@ def training_seconds(checkpoint: Path) -> float | None:
     if not starts or len(starts) != len(ends):
         return None
     return round(float(sum(end - start for start, end in zip(starts, ends, strict=True))), 1)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

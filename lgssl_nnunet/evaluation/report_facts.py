@@ -6,12 +6,12 @@ import platform
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lgssl_nnunet.evaluation.curves import hyperparameters, read_training_log
 from lgssl_nnunet.evaluation.report_inputs import ReportInputs
 from lgssl_nnunet.files import read_json_if_valid
+from lgssl_nnunet.installation import installed_version
 from lgssl_nnunet.paths import dataset_number
 
 _PACKAGES = ("lgssl_nnunet", "nnunetv2", "torch", "numpy", "SimpleITK")
@@ -123,18 +123,14 @@ def _prediction(record: Mapping[str, Any]) -> list[Fact]:
 
 
 def _versions(record: Mapping[str, Any]) -> list[Fact]:
-    here = {"python": platform.python_version(), **{name: _installed(name) for name in _PACKAGES}}
+    here = {
+        "python": platform.python_version(),
+        **{name: installed_version(name) or "not installed" for name in _PACKAGES},
+    }
     predicted = record.get("versions", {})
     if predicted == here:
         return [Fact("Versions", _pairs(here))]
     return [Fact("Versions, prediction", _pairs(predicted)), Fact("Versions, report", _pairs(here))]
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _commands(inputs: ReportInputs, model: Mapping[str, str], command: list[str]) -> list[Fact]:
