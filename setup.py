@@ -35,7 +35,7 @@ setup(
     package_dir={f"lgssl_nnunet.{room}": room for room in ROOMS},
     package_data={
         "lgssl_nnunet": ["py.typed"],
-        "lgssl_nnunet.evaluation": ["templates/*"],
+        "lgssl_nnunet.evaluation.report": ["templates/*"],
         "lgssl_nnunet.text": ["bank/*"],
         "lgssl_nnunet.plans": ["protocols/*.json"],
     },

@@ -25,8 +25,8 @@ _FUNCTIONS = {
     "train": "lgssl_nnunet.training",
     "predict": "lgssl_nnunet.inference.predict",
     "evaluate": "lgssl_nnunet.evaluation.evaluate",
-    "report": "lgssl_nnunet.evaluation.report",
-    "benchmark": "lgssl_nnunet.evaluation.benchmark",
+    "report": "lgssl_nnunet.evaluation.report.report",
+    "benchmark": "lgssl_nnunet.evaluation.benchmark.benchmark",
     "info": "lgssl_nnunet.installation",
     "demo": "lgssl_nnunet.demonstration",
 }

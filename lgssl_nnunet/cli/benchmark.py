@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, command: str) -> int:
-    from lgssl_nnunet.evaluation.benchmark import benchmark
+    from lgssl_nnunet.evaluation.benchmark.benchmark import benchmark
 
     result = benchmark(
         arguments.d,

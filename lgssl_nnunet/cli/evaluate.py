@@ -98,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _write_report(arguments: argparse.Namespace, results: dict[str, Any]) -> Path:
-    from lgssl_nnunet.evaluation.report import REPORT, report
+    from lgssl_nnunet.evaluation.report.report import REPORT, report
 
     return report(
         arguments.prediction,

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from lgssl_nnunet.evaluation.report import report
+    from lgssl_nnunet.evaluation.report.report import report
 
     report(
         arguments.source,

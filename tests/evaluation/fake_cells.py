@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lgssl_nnunet.evaluation.cell_steps import Execution
-from lgssl_nnunet.evaluation.cells import Cell
-from lgssl_nnunet.evaluation.worker import Job
+from lgssl_nnunet.evaluation.benchmark.cell_steps import Execution
+from lgssl_nnunet.evaluation.benchmark.cells import Cell
+from lgssl_nnunet.evaluation.benchmark.worker import Job
 
 FAILING, KILLED, SLOW = 13, 66, 77
 """Seeds of cells that raise, whose process is killed, and that take a minute beside a forked child."""

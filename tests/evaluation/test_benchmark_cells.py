@@ -9,9 +9,9 @@ import shutil
 import pytest
 
 from lgssl_nnunet.errors import UsageError
-from lgssl_nnunet.evaluation.cell_steps import divide_iterations
-from lgssl_nnunet.evaluation.cells import Cell, cell_from_identity, method_label, parse_method
-from lgssl_nnunet.evaluation.grid import GridRequest, build_grid
+from lgssl_nnunet.evaluation.benchmark.cell_steps import divide_iterations
+from lgssl_nnunet.evaluation.benchmark.cells import Cell, cell_from_identity, method_label, parse_method
+from lgssl_nnunet.evaluation.benchmark.grid import GridRequest, build_grid
 
 CELL = Cell("Dataset901_Phantom", "LGSSLTrainer", 4, 1, 1000, "3d_fullres", "LGSSLPlannerCPU")
 CHANGES = {

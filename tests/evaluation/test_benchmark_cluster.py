@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lgssl_nnunet.errors import MissingDependencyError, UsageError
-from lgssl_nnunet.evaluation.cluster import ClusterWorker, require_submitit, run_on_cluster
-from lgssl_nnunet.evaluation.records import CellStore
+from lgssl_nnunet.evaluation.benchmark.cluster import ClusterWorker, require_submitit, run_on_cluster
+from lgssl_nnunet.evaluation.benchmark.records import CellStore
 
 HERE = Path(__file__).parent
 

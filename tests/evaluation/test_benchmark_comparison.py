@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from scipy.stats import wilcoxon
 
-from lgssl_nnunet.evaluation.benchmark_results import Results, class_means, metric_columns
-from lgssl_nnunet.evaluation.comparison import broken_rules, gap_closed, holm, over_seeds, paired_tests
+from lgssl_nnunet.evaluation.benchmark.comparison import broken_rules, gap_closed, holm, over_seeds, paired_tests
+from lgssl_nnunet.evaluation.benchmark.results import Results, class_means, metric_columns
 
 SUPERVISED, METHOD, OTHER = "SupervisedTrainer", "LGSSLTrainer", "MCFTrainer"
 

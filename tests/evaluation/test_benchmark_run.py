@@ -13,9 +13,9 @@ import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from lgssl_nnunet import training
-from lgssl_nnunet.evaluation import cell_steps
-from lgssl_nnunet.evaluation.benchmark import benchmark
-from lgssl_nnunet.evaluation.benchmark_results import load_results
+from lgssl_nnunet.evaluation.benchmark import cell_steps
+from lgssl_nnunet.evaluation.benchmark.benchmark import benchmark
+from lgssl_nnunet.evaluation.benchmark.results import load_results
 
 pytestmark = pytest.mark.slow
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

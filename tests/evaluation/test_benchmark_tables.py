@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 
 from lgssl_nnunet.cli import benchmark as command
-from lgssl_nnunet.evaluation.benchmark import BenchmarkResult
-from lgssl_nnunet.evaluation.benchmark_results import load_results
-from lgssl_nnunet.evaluation.benchmark_tables import markdown, p_value, spread
-from lgssl_nnunet.evaluation.records import CellStore
-from lgssl_nnunet.evaluation.worker import work
+from lgssl_nnunet.evaluation.benchmark.benchmark import BenchmarkResult
+from lgssl_nnunet.evaluation.benchmark.records import CellStore
+from lgssl_nnunet.evaluation.benchmark.results import load_results
+from lgssl_nnunet.evaluation.benchmark.tables import markdown, p_value, spread
+from lgssl_nnunet.evaluation.benchmark.worker import work
 
 HERE = Path(__file__).parent
 
@@ -185,7 +185,7 @@ def test_the_command_passes_what_was_typed_and_fails_when_cells_failed(tmp_path,
         seen.update(options, positional=positional)
         return BenchmarkResult(tmp_path, {"results.md": tmp_path / "results.md"}, [], unfinished)
 
-    monkeypatch.setattr("lgssl_nnunet.evaluation.benchmark.benchmark", fake)
+    monkeypatch.setattr("lgssl_nnunet.evaluation.benchmark.benchmark.benchmark", fake)
     unfinished = {}
     words = ["-d", "510", "501", "--trainers", "SupervisedTrainer", "LGSSLTrainer:dropout=0", "--budgets", "4", "all"]
     words += ["--seeds", "0", "3", "--iterations", "7", "-c", "2d", "-pl", "LGSSLPlannerCPU", "-o", "a folder"]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from lgssl_nnunet.evaluation.records import CellStore
-from lgssl_nnunet.evaluation.worker import DIED, attempt, sources_of, work
-from lgssl_nnunet.evaluation.workers import divided_cores, run_workers
+from lgssl_nnunet.evaluation.benchmark.records import CellStore
+from lgssl_nnunet.evaluation.benchmark.worker import DIED, attempt, sources_of, work
+from lgssl_nnunet.evaluation.benchmark.workers import divided_cores, run_workers
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -24,7 +24,7 @@ import sys
 import time
 from pathlib import Path
 import fake_cells
-from lgssl_nnunet.evaluation.worker import work
+from lgssl_nnunet.evaluation.benchmark.worker import work
 
 folder, together = Path(sys.argv[1]), int(sys.argv[3])
 seeds = [int(word) for word in sys.argv[4:]]

@@ -416,7 +416,7 @@ def test_the_command_prints_the_table_and_where_the_files_are(folders, capsys):
 
 
 def test_the_command_hands_its_results_to_the_report(folders, tmp_path, monkeypatch, capsys):
-    from lgssl_nnunet.evaluation import report as module
+    from lgssl_nnunet.evaluation.report import report as module
 
     seen = {}
     monkeypatch.setattr(

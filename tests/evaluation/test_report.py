@@ -17,10 +17,10 @@ from PIL import Image
 
 from lgssl_nnunet.cli import report as command
 from lgssl_nnunet.errors import DatasetError, MissingDependencyError, UsageError
-from lgssl_nnunet.evaluation import viewer
 from lgssl_nnunet.evaluation.metrics import POLICY
-from lgssl_nnunet.evaluation.report import report
-from lgssl_nnunet.evaluation.viewer import WITHOUT_VIEWER
+from lgssl_nnunet.evaluation.report import viewer
+from lgssl_nnunet.evaluation.report.report import report
+from lgssl_nnunet.evaluation.report.viewer import WITHOUT_VIEWER
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report_data import DATASET, MODEL, SHAPE, block, save, write_report_data
@@ -119,8 +119,8 @@ def test_the_tables_hold_what_evaluate_measured_and_the_rule_for_empty_masks(pag
 
 
 def test_results_that_are_given_are_not_measured_again(make, monkeypatch):
-    from lgssl_nnunet.evaluation import report as module
     from lgssl_nnunet.evaluation.metrics import class_means, class_result
+    from lgssl_nnunet.evaluation.report import report as module
 
     cases = [class_result("a", "1", "liver", 3, 1, 0)]
     monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("measured again"))

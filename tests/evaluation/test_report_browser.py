@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lgssl_nnunet.evaluation.report import report
+from lgssl_nnunet.evaluation.report.report import report
 
 sys.path.insert(0, str(Path(__file__).parent))
 from report_data import write_report_data

@@ -15,14 +15,28 @@ import SimpleITK as sitk
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from lgssl_nnunet.errors import MissingDependencyError
-from lgssl_nnunet.evaluation import viewer
-from lgssl_nnunet.evaluation.curves import Chart, charts, draw, read_training_log
 from lgssl_nnunet.evaluation.metrics import class_result
-from lgssl_nnunet.evaluation.overlays import CLASS_COLORS, choose_slices, color_indices, difference_map, draw_case
-from lgssl_nnunet.evaluation.report_page import label_colors
-from lgssl_nnunet.evaluation.report_tables import heading, rank_cases, results_table, worst_and_best
-from lgssl_nnunet.evaluation.viewer import niivue_script, pack_case
-from lgssl_nnunet.evaluation.volumes import Volume, box_around, coarsened, cropped, nifti_bytes, read_volume, windowed
+from lgssl_nnunet.evaluation.report import viewer
+from lgssl_nnunet.evaluation.report.curves import Chart, charts, draw, read_training_log
+from lgssl_nnunet.evaluation.report.overlays import (
+    CLASS_COLORS,
+    choose_slices,
+    color_indices,
+    difference_map,
+    draw_case,
+)
+from lgssl_nnunet.evaluation.report.page import label_colors
+from lgssl_nnunet.evaluation.report.tables import heading, rank_cases, results_table, worst_and_best
+from lgssl_nnunet.evaluation.report.viewer import niivue_script, pack_case
+from lgssl_nnunet.evaluation.report.volumes import (
+    Volume,
+    box_around,
+    coarsened,
+    cropped,
+    nifti_bytes,
+    read_volume,
+    windowed,
+)
 
 MODULE = "const N = 1, V = 2;\nexport {\n  N as Niivue,\n  V as NVImage\n};\n//# sourceMappingURL=index.js.map"
 GLOBAL = "globalThis.niivue = {Niivue: N, NVImage: V};"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lgssl_nnunet.evaluation.benchmark_results import Results
-from lgssl_nnunet.evaluation.comparison import over_seeds
-from lgssl_nnunet.evaluation.grid import ALL
+from lgssl_nnunet.evaluation.benchmark.comparison import over_seeds
+from lgssl_nnunet.evaluation.benchmark.grid import ALL
+from lgssl_nnunet.evaluation.benchmark.results import Results
 from lgssl_nnunet.files import write_atomically
 from lgssl_nnunet.inference.models import BASELINE
 

@@ -13,15 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from lgssl_nnunet.errors import DatasetError, UsageError
-from lgssl_nnunet.evaluation.curves import charts
 from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
-from lgssl_nnunet.evaluation.overlays import color_indices, difference_map, draw_case
-from lgssl_nnunet.evaluation.report_facts import collect_facts, foreground_names, ignored_label
-from lgssl_nnunet.evaluation.report_inputs import ReportCase, ReportInputs, find_inputs
-from lgssl_nnunet.evaluation.report_page import GENERATOR, CaseSection, Page, render
-from lgssl_nnunet.evaluation.report_tables import rank_cases, worst_and_best
-from lgssl_nnunet.evaluation.viewer import WITHOUT_VIEWER, ViewerCase, niivue_script, pack_case
-from lgssl_nnunet.evaluation.volumes import SOFT_TISSUE, Volume, read_labels, read_volume, windowed
+from lgssl_nnunet.evaluation.report.curves import charts
+from lgssl_nnunet.evaluation.report.facts import collect_facts, foreground_names, ignored_label
+from lgssl_nnunet.evaluation.report.inputs import ReportCase, ReportInputs, find_inputs
+from lgssl_nnunet.evaluation.report.overlays import color_indices, difference_map, draw_case
+from lgssl_nnunet.evaluation.report.page import GENERATOR, CaseSection, Page, render
+from lgssl_nnunet.evaluation.report.tables import rank_cases, worst_and_best
+from lgssl_nnunet.evaluation.report.viewer import WITHOUT_VIEWER, ViewerCase, niivue_script, pack_case
+from lgssl_nnunet.evaluation.report.volumes import SOFT_TISSUE, Volume, read_labels, read_volume, windowed
 from lgssl_nnunet.files import link_file, write_atomically
 from lgssl_nnunet.plans.cases import find_reader
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from lgssl_nnunet.evaluation.cells import Cell
-from lgssl_nnunet.evaluation.grid import ALL
-from lgssl_nnunet.evaluation.records import FAILED, FINISHED, CellStore, all_records
+from lgssl_nnunet.evaluation.benchmark.cells import Cell
+from lgssl_nnunet.evaluation.benchmark.grid import ALL
+from lgssl_nnunet.evaluation.benchmark.records import FAILED, FINISHED, CellStore, all_records
 
 SETTING = ["dataset", "configuration", "planner", "spacing", "iterations"]
 """What must agree for two methods to be compared."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lgssl_nnunet.evaluation.curves import hyperparameters, read_training_log
-from lgssl_nnunet.evaluation.report_inputs import ReportInputs
+from lgssl_nnunet.evaluation.report.curves import hyperparameters, read_training_log
+from lgssl_nnunet.evaluation.report.inputs import ReportInputs
 from lgssl_nnunet.files import read_json_if_valid
 from lgssl_nnunet.installation import installed_version
 from lgssl_nnunet.paths import dataset_number

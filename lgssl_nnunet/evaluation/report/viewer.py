@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from lgssl_nnunet.errors import MissingDependencyError
-from lgssl_nnunet.evaluation.volumes import MARGIN_MM, Volume, box_around, coarsened, cropped, nifti_bytes
+from lgssl_nnunet.evaluation.report.volumes import MARGIN_MM, Volume, box_around, coarsened, cropped, nifti_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lgssl_nnunet.evaluation.curves import Chart, draw
 from lgssl_nnunet.evaluation.metrics import POLICY, ClassResult
-from lgssl_nnunet.evaluation.overlays import CLASS_COLORS, DIFFERENCE_COLORS, DIFFERENCE_MEANING, CasePictures
-from lgssl_nnunet.evaluation.report_facts import Fact, class_names
-from lgssl_nnunet.evaluation.report_inputs import ReportInputs
-from lgssl_nnunet.evaluation.report_tables import heading, results_table
-from lgssl_nnunet.evaluation.viewer import ViewerCase
+from lgssl_nnunet.evaluation.report.curves import Chart, draw
+from lgssl_nnunet.evaluation.report.facts import Fact, class_names
+from lgssl_nnunet.evaluation.report.inputs import ReportInputs
+from lgssl_nnunet.evaluation.report.overlays import CLASS_COLORS, DIFFERENCE_COLORS, DIFFERENCE_MEANING, CasePictures
+from lgssl_nnunet.evaluation.report.tables import heading, results_table
+from lgssl_nnunet.evaluation.report.viewer import ViewerCase
 
 GENERATOR = '<meta name="generator" content="lgssl_report">'
-_PACKAGE = "lgssl_nnunet.evaluation"
+_PACKAGE = "lgssl_nnunet.evaluation.report"
 _IN_HEADINGS = ("dice", "hd95")
 _IN_HEADLINES = 6
 _IN_HEADLINE = ("dice", "jaccard", "surface_dice", "hd95", "assd")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from lgssl_nnunet.evaluation.benchmark_results import Results, metric_columns
-from lgssl_nnunet.evaluation.comparison import broken_rules, gap_closed, over_seeds, paired_tests
-from lgssl_nnunet.evaluation.grid import ALL
+from lgssl_nnunet.evaluation.benchmark.comparison import broken_rules, gap_closed, over_seeds, paired_tests
+from lgssl_nnunet.evaluation.benchmark.grid import ALL
+from lgssl_nnunet.evaluation.benchmark.results import Results, metric_columns
 from lgssl_nnunet.evaluation.metrics import POLICY
 from lgssl_nnunet.files import write_atomically
 from lgssl_nnunet.inference.models import BASELINE

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import UsageError
-from lgssl_nnunet.evaluation.benchmark_results import Results, load_results
-from lgssl_nnunet.evaluation.benchmark_tables import write_tables
-from lgssl_nnunet.evaluation.cell_steps import Execution
-from lgssl_nnunet.evaluation.cells import Cell, cell_from_identity, method_label, parse_method
-from lgssl_nnunet.evaluation.cluster import CLUSTERS, require_submitit, run_on_cluster
-from lgssl_nnunet.evaluation.grid import GridRequest, build_grid
-from lgssl_nnunet.evaluation.plots import draw_plots
-from lgssl_nnunet.evaluation.records import CellStore
-from lgssl_nnunet.evaluation.worker import Job, work
-from lgssl_nnunet.evaluation.workers import divided_cores, run_workers
+from lgssl_nnunet.evaluation.benchmark.cell_steps import Execution
+from lgssl_nnunet.evaluation.benchmark.cells import Cell, cell_from_identity, method_label, parse_method
+from lgssl_nnunet.evaluation.benchmark.cluster import CLUSTERS, require_submitit, run_on_cluster
+from lgssl_nnunet.evaluation.benchmark.grid import GridRequest, build_grid
+from lgssl_nnunet.evaluation.benchmark.plots import draw_plots
+from lgssl_nnunet.evaluation.benchmark.records import CellStore
+from lgssl_nnunet.evaluation.benchmark.results import Results, load_results
+from lgssl_nnunet.evaluation.benchmark.tables import write_tables
+from lgssl_nnunet.evaluation.benchmark.worker import Job, work
+from lgssl_nnunet.evaluation.benchmark.workers import divided_cores, run_workers
 from lgssl_nnunet.inference.models import BASELINE
 from lgssl_nnunet.paths import data_folders, use_data_folders
 

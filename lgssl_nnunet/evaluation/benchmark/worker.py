@@ -18,10 +18,10 @@ from typing import Any
 from filelock import Timeout
 
 from lgssl_nnunet.errors import LGSSLError
-from lgssl_nnunet.evaluation.cell_steps import Execution, run_cell
-from lgssl_nnunet.evaluation.cells import Cell
-from lgssl_nnunet.evaluation.provenance import hardware, versions, without_own_folders
-from lgssl_nnunet.evaluation.records import FAILED, FINISHED, RUNNING, CellStore
+from lgssl_nnunet.evaluation.benchmark.cell_steps import Execution, run_cell
+from lgssl_nnunet.evaluation.benchmark.cells import Cell
+from lgssl_nnunet.evaluation.benchmark.provenance import hardware, versions, without_own_folders
+from lgssl_nnunet.evaluation.benchmark.records import FAILED, FINISHED, RUNNING, CellStore
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lgssl_nnunet.errors import LGSSLError
-from lgssl_nnunet.evaluation.records import FAILED, FINISHED, RUNNING, CellStore
-from lgssl_nnunet.evaluation.worker import Job, attempt, work
+from lgssl_nnunet.evaluation.benchmark.records import FAILED, FINISHED, RUNNING, CellStore
+from lgssl_nnunet.evaluation.benchmark.worker import Job, attempt, work
 from lgssl_nnunet.files import environment
 
 logger = logging.getLogger(__name__)

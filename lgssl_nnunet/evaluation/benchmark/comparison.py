@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import wilcoxon
 
-from lgssl_nnunet.evaluation.benchmark_results import SETTING, Results, class_means
-from lgssl_nnunet.evaluation.grid import ALL
-from lgssl_nnunet.evaluation.records import FINISHED
+from lgssl_nnunet.evaluation.benchmark.grid import ALL
+from lgssl_nnunet.evaluation.benchmark.records import FINISHED
+from lgssl_nnunet.evaluation.benchmark.results import SETTING, Results, class_means
 from lgssl_nnunet.inference.models import BASELINE
 
 DECIMALS_OF_A_DIFFERENCE = 9

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lgssl_nnunet.errors import LGSSLError, MissingDependencyError, UsageError
-from lgssl_nnunet.evaluation.worker import Job, work
-from lgssl_nnunet.evaluation.workers import watch
+from lgssl_nnunet.evaluation.benchmark.worker import Job, work
+from lgssl_nnunet.evaluation.benchmark.workers import watch
 
 logger = logging.getLogger(__name__)
 

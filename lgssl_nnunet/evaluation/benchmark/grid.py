@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
-from lgssl_nnunet.evaluation.cells import Cell, method_label, parse_method
+from lgssl_nnunet.evaluation.benchmark.cells import Cell, method_label, parse_method
 from lgssl_nnunet.inference.models import BASELINE
 from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
 from lgssl_nnunet.plans.splits import choose_budget

@@ -21,8 +21,8 @@ from typing import Any
 from filelock import FileLock
 
 from lgssl_nnunet.errors import DatasetError
-from lgssl_nnunet.evaluation.cells import Cell
-from lgssl_nnunet.evaluation.provenance import training_seconds
+from lgssl_nnunet.evaluation.benchmark.cells import Cell
+from lgssl_nnunet.evaluation.benchmark.provenance import training_seconds
 from lgssl_nnunet.files import read_json
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
 from lgssl_nnunet.paths import data_folders

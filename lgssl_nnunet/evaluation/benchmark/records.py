@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lgssl_nnunet.evaluation.cells import Cell, cell_from_identity
+from lgssl_nnunet.evaluation.benchmark.cells import Cell, cell_from_identity
 from lgssl_nnunet.files import read_json_if_valid, write_json
 
 SCHEMA_VERSION = 1

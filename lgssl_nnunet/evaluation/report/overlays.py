@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from PIL import Image
 from skimage.segmentation import find_boundaries
 
-from lgssl_nnunet.evaluation.volumes import Volume, box_around
+from lgssl_nnunet.evaluation.report.volumes import Volume, box_around
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness. Differences take the colours that the
 # first classes do not have.

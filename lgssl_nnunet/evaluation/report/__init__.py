@@ -1,0 +1,1 @@
+"""A page to look at: curves, tables, slices and a viewer in one HTML file."""
