@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -69,21 +70,61 @@ def test_nnunetv2_predict_gives_the_segmentation_of_lgssl_predict_to_the_voxel(
     assert not any(differing.values()), differing
 
 
-def test_nnunetv2_find_best_configuration_reads_a_validated_fold(model, run, command_workspace):
-    chosen = ["-p", command_workspace.plans, "-c", "3d_fullres", "-tr", "LGSSLTrainer", "-f", 0, "-np", 1]
-    output = run("nnUNetv2_find_best_configuration", 997, *chosen)
+@pytest.fixture
+def baseline(command_workspace, run) -> Path:
+    """The folder of a SupervisedTrainer model with fold 0, trained and validated by nnUNetv2_train."""
+    folder = command_workspace.model_folder("SupervisedTrainer")
+    if not folder.is_dir():
+        chosen = ["-tr", "SupervisedTrainer", "-p", command_workspace.plans, "-device", "cpu"]
+        run("nnUNetv2_train", 997, "3d_fullres", 0, *chosen, "--npz")
+    return folder
+
+
+def test_nnunetv2_train_trains_our_baseline_through_the_plugin(baseline):
+    assert (baseline / "fold_0" / "checkpoint_final.pth").is_file()
+    assert (baseline / "fold_0" / "validation" / "summary.json").is_file()
+
+
+def commands_of_the_page(page: Path, replaced: dict[str, str]) -> list[list[str]]:
+    """Return the lines of a page of docs/ that call a command, in words, with the page's placeholders replaced."""
+    calls = [line.split() for line in page.read_text().splitlines() if line.startswith(("    nnUNetv2_", "    lgssl_"))]
+    for placeholder in replaced:
+        assert any(placeholder in " ".join(call) for call in calls), placeholder
+    return [[replaced.get(word, word) for word in call] for call in calls]
+
+
+def test_choosing_ensembling_and_postprocessing_work_as_the_page_says(
+    model, baseline, run, command_workspace, tmp_path
+):
+    """docs/model_selection.md, with the one fold that is trained here and the ensemble whether or not it is best."""
+    replaced = {
+        "501": "997",
+        "LGSSLPlans": command_workspace.plans,
+        "INPUT_FOLDER": str(command_workspace.test_images),
+    }
+    page = Path(__file__).parents[2] / "docs" / "model_selection.md"
+    calls = commands_of_the_page(page, replaced)
+    names = ["nnUNetv2_find_best_configuration", *["lgssl_predict"] * 2, "nnUNetv2_ensemble"]
+    assert [call[0] for call in calls] == [*names, "nnUNetv2_apply_postprocessing"]
+    calls = [[word for word in call if word not in {"1", "2", "3", "4"}] for call in calls]
+
+    output = run(*calls[0], "-np", 1)
     assert f"LGSSLTrainer__{command_workspace.plans}__3d_fullres" in output
-    assert (model / "crossval_results_folds_0" / "postprocessing.pkl").is_file()
+    results = model.parent
+    assert set(json.loads((results / "inference_information.json").read_text())["all_results"]) == {
+        model.name,
+        baseline.name,
+        f"ensemble___{model.name}___{baseline.name}___0",
+    }
+    assert (results / "inference_instructions.txt").is_file()
 
-
-def test_nnunetv2_train_trains_our_baseline_through_the_plugin(run, command_workspace):
-    run(
-        "nnUNetv2_train", 997, "3d_fullres", 0, "-tr", "SupervisedTrainer", "-p", command_workspace.plans,
-        "-device", "cpu",
-    )  # fmt: skip
-    fold = command_workspace.model_folder("SupervisedTrainer") / "fold_0"
-    assert (fold / "checkpoint_final.pth").is_file()
-    assert (fold / "validation" / "summary.json").is_file()
+    for call in calls[1:4]:
+        run(*call, *(["-device", "cpu", "-npp", 0, "-nps", 0] if call[0] == "lgssl_predict" else []))
+    best = next(results.rglob("postprocessing.pkl")).parent
+    run(*[word.replace("BEST", str(best)) for word in calls[4]], "-np", 1)
+    cases = sorted(file.name for file in (tmp_path / "ENSEMBLE").glob("*.nii.gz"))
+    assert len(cases) == 2
+    assert cases == sorted(file.name for file in (tmp_path / "OUTPUT_FOLDER").glob("*.nii.gz"))
 
 
 def test_a_fresh_process_that_has_not_imported_the_package_gets_its_own_class(run):
