@@ -15,4 +15,5 @@ def pytest_configure() -> None:
         except ModuleNotFoundError:
             found = False
         if not found:
-            raise pytest.UsageError(f"{room} is not installed: run `pip install -e .[test]` in this folder first.")
+            remedy = 'run `pip install -c constraints.txt -e ".[test]"` in this folder first'
+            raise pytest.UsageError(f"{room} is not installed: {remedy}.")

@@ -6,6 +6,8 @@ import gzip
 import math
 import os
 import re
+import textwrap
+import zlib
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,11 +16,13 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
-from lgssl_nnunet.errors import DatasetError, MissingDependencyError
+from lgssl_nnunet.errors import DatasetError, MissingDependencyError, install_extra
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 _LABEL_TOLERANCE = 1e-3
 _GZIP_CHUNK = 1 << 22
+_LONGEST_REASON = 200
+_ITK_SOURCE = re.compile(r"^(?:sitk::|itk::|ITK )ERROR: (?:\w+\(0x[0-9a-f]+\): )?|^\[nrrd\] (?:\w+: )?")
 
 
 def find_files(folder: Path, *patterns: str) -> list[Path]:
@@ -39,7 +43,7 @@ def read_volume(path: Path) -> sitk.Image:
     """
     try:
         require_whole_gzip(path)
-        _require_whole_nifti(path)
+        require_whole_nifti(path)
         image = sitk.ReadImage(str(path))
     except (OSError, EOFError, RuntimeError) as error:
         raise DatasetError(f"{path}: cannot be read ({last_line(error)}); download or copy it again.") from None
@@ -60,17 +64,52 @@ def require_whole_gzip(path: Path) -> None:
             pass
 
 
-def _require_whole_nifti(path: Path) -> None:
-    """Raise OSError if an uncompressed NIfTI file is shorter than its header says; ITK would fill the rest with 0."""
-    if path.suffix != ".nii":
+def require_whole_nifti(path: Path) -> None:
+    """Raise OSError if a NIfTI file ends too early; ITK would fill the rest with zeros. Cheap for whole files.
+
+    A gzip file ends with its uncompressed length: only a file in which that is not the header's is unpacked. Other
+    formats are left to their readers.
+    """
+    if not path.name.endswith((".nii", ".nii.gz")):
         return
+    expected = _nifti_length(path)
+    if path.suffix != ".gz":
+        _require_length(path.stat().st_size, expected, "bytes")
+        return
+    with path.open("rb") as stream:
+        stream.seek(-4, os.SEEK_END)
+        if int.from_bytes(stream.read(), "little") == expected % 2**32:
+            return
+    length, whole = _unpacked_length(path)
+    _require_length(length, expected, "uncompressed bytes")
+    if not whole:
+        raise OSError("truncated or damaged: the compressed file does not end as it should")
+
+
+def _nifti_length(path: Path) -> int:
+    """Return how many bytes a NIfTI file has according to its header, uncompressed."""
     try:
         voxels = nib.load(path).dataobj
-    except nib.filebasedimages.ImageFileError as error:
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, zlib.error) as error:
         raise OSError(str(error)) from None
-    expected = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
-    if path.stat().st_size < expected:
-        raise OSError(f"it ends after {path.stat().st_size} of {expected} bytes")
+    return voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
+
+
+def _require_length(length: int, expected: int, unit: str) -> None:
+    if length < expected:
+        raise OSError(f"truncated: {length} of {expected} {unit} are there")
+
+
+def _unpacked_length(path: Path) -> tuple[int, bool]:
+    """Return how many bytes can be unpacked from a gzip file, and whether it ends as it should."""
+    length = 0
+    try:
+        with gzip.open(path) as stream:
+            while block := stream.read1(_GZIP_CHUNK):  # read would drop what precedes the damage
+                length += len(block)
+    except (OSError, EOFError, zlib.error):
+        return length, False
+    return length, True
 
 
 def count_not_finite(path: Path, array: np.ndarray) -> int:
@@ -100,9 +139,7 @@ def read_h5(path: Path, names: Sequence[str] = ("image", "label")) -> list[np.nd
     try:
         import h5py
     except ImportError:
-        raise MissingDependencyError(
-            f'{path}: reading h5 files needs h5py; install it with: pip install "lgssl_nnunet[h5]"'
-        ) from None
+        raise MissingDependencyError(f"{path}: reading h5 files needs h5py; run {install_extra('h5')}.") from None
     try:
         with h5py.File(path, "r") as file:
             missing = [name for name in names if name not in file]
@@ -172,6 +209,15 @@ def clean_identifier(text: str) -> str:
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of a message: ITK and nibabel put where it happened first and what happened last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """Return the last line of a message that says something, without where in the library's code it happened.
+
+    ITK and nibabel put the place first and what happened last. Left out are a guess below it ("- could ...") and the
+    system's reason, which for a damaged file is "No such file". What is long is cut between words.
+    """
+    lines = [_ITK_SOURCE.sub("", line.strip()) for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Reason: ", "- "))]
+    if not telling:
+        return type(error).__name__
+    return textwrap.shorten(
+        telling[-1], _LONGEST_REASON, placeholder=" ...", break_long_words=False, break_on_hyphens=False
+    )

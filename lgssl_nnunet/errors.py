@@ -39,3 +39,8 @@ class TrainingError(LGSSLError):
     """Training had to stop, for example because a loss term became non-finite."""
 
     exit_code = 1
+
+
+def install_extra(extra: str) -> str:
+    """Return how an extra of this package is installed, for messages: it comes from a checkout and is on no index."""
+    return f'pip install -c constraints.txt -e ".[{extra}]" in the checkout'

@@ -6,6 +6,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,4 +63,7 @@ def _find_stock_trainer(name: str) -> type[nnUNetTrainer] | None:
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
     folder = Path(nnunetv2.__path__[0]) / "training" / "nnUNetTrainer"
-    return recursive_find_python_class(str(folder), name, "nnunetv2.training.nnUNetTrainer", nnunetv2.__path__[0])
+    with warnings.catch_warnings():
+        # The search imports modules of nnU-Net that use what torch calls deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        return recursive_find_python_class(str(folder), name, "nnunetv2.training.nnUNetTrainer", nnunetv2.__path__[0])

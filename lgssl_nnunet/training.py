@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
+from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
 from lgssl_nnunet.files import write_json
 from lgssl_nnunet.paths import use_data_folders
 from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
@@ -430,7 +430,20 @@ def _load_weights(
         )
         return
     logger.info("%s %s", "Continuing from" if continue_training else "Validating", checkpoint)
-    run.load_checkpoint(str(checkpoint))
+    _load_checkpoint(run, checkpoint)
+
+
+def _load_checkpoint(run: SemiSupervisedTrainer, checkpoint: Path) -> None:
+    try:
+        run.load_checkpoint(str(checkpoint))
+    except LGSSLError:
+        raise
+    except Exception as error:  # a damaged file fails in as many ways as zip, pickle and torch have errors
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded ({reason}): it is damaged, or of another network. Move it away; --c then "
+            "goes on from the next checkpoint in its folder, and starts anew without one."
+        ) from error
 
 
 def _unfinished(folder: Path) -> str:
@@ -447,7 +460,19 @@ def _run_training(run: SemiSupervisedTrainer, only_validate: bool) -> None:
     if run.current_epoch >= run.num_epochs:
         logger.info("The training is finished: nothing to continue.")
         return
-    run.run_training()
+    try:
+        run.run_training()
+    except KeyboardInterrupt:
+        checkpoint = Path(run.output_folder) / "checkpoint_latest.pth"
+        logger.warning(
+            "Stopped in epoch %d of %d. %s",
+            run.current_epoch + 1,
+            run.num_epochs,
+            f"{checkpoint} is saved: the same command with --c goes on from it."
+            if checkpoint.is_file()
+            else "Nothing is saved yet: the same command begins anew.",
+        )
+        raise
 
 
 def _validate(
@@ -457,7 +482,7 @@ def _validate(
         logger.info("Fold all holds no case back: no final validation (--val runs it on the training cases).")
         return
     if validate_best:
-        run.load_checkpoint(str(Path(run.output_folder) / "checkpoint_best.pth"))
+        _load_checkpoint(run, Path(run.output_folder) / "checkpoint_best.pth")
     run.perform_actual_validation(export_probabilities)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.twins import ImagePrint, Twins, find_twins, print_of, report
-from lgssl_nnunet.dataset_conversion.volumes import count_not_finite, last_line, require_whole_gzip
+from lgssl_nnunet.dataset_conversion.volumes import count_not_finite, last_line, require_whole_gzip, require_whole_nifti
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import Case, RawDataset, find_reader, held_out_cases
@@ -256,6 +256,7 @@ def _read(
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     try:
         require_whole_gzip(path)
+        require_whole_nifti(path)
         return reader().read_seg(str(path)) if is_label else reader().read_images((str(path),))
     except Exception as error:
         problems.append(Problem(_shown(path), f"cannot be read ({last_line(error)})", "copy or export it again"))

@@ -88,6 +88,8 @@ def _extent(labeled_folder: Path, case: str, transpose: Sequence[int]) -> dict[s
 
 
 def _problem_with(slices: Any, extent: Mapping[str, tuple[int, int]]) -> str | None:
+    if slices is None:
+        return f"the file does not name this case; two slices are needed, as in {_EXAMPLE}"
     if not isinstance(slices, dict) or len(slices) != 2 or not slices.keys() <= extent.keys():
         return f"two slices are needed, as in {_EXAMPLE}"
     for axis, index in slices.items():

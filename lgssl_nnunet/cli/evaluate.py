@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.cli.common import add_common_arguments, add_processes_argument, command_parser, run_command
+from lgssl_nnunet.errors import install_extra
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   lgssl_evaluate labelsTs segmentations
   lgssl_evaluate labelsTs segmentations --report --tolerance 2 --lesion_classes tumour
@@ -17,7 +18,7 @@ examples:
 
 Prints the metrics per class and writes nnU-Net's summary.json and, beside it, summary_per_case.csv (every metric of
 every class and case) and summary_per_class.json (the means). Dice, Jaccard, volume similarity and lesions need nothing;
-surface distances need pip install 'lgssl_nnunet[evaluation]'.
+surface distances need {install_extra("evaluation")}.
 exit status: 0 done, 2 missing or unusable files (all are named)
 """
 

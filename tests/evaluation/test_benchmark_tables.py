@@ -238,4 +238,4 @@ def test_submitit_is_asked_for_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     assert run("-d", "901", "--cluster", "local") == 2
-    assert "lgssl_nnunet[cluster]" in capsys.readouterr().err
+    assert '-e ".[cluster]"' in capsys.readouterr().err

@@ -72,7 +72,15 @@ def test_a_record_tells_versions_hardware_command_and_times(tmp_path, fakes):
     assert record["versions"].keys() >= {"python", "lgssl_nnunet", "nnunetv2", "torch", "commit"}
     assert record["hardware"].keys() == {"device", "processor", "cores", "system"}
     assert record["started"] <= record["finished"]
-    assert "nnU-Net says something" in CellStore(tmp_path, cell).log.read_text()
+
+
+def test_what_the_steps_say_goes_to_the_cells_log_alone(tmp_path, fakes, caplog):
+    cell = fakes.make_cell()
+    work(fakes.make_job(tmp_path, cell))
+    log = CellStore(tmp_path, cell).log.read_text()
+    assert "nnU-Net says something" in log
+    assert "INFO A step says something" in log
+    assert "A step says something" not in caplog.text
 
 
 def test_a_failure_is_recorded_and_does_not_stop_the_rest(tmp_path, fakes):

@@ -169,7 +169,8 @@ def test_without_the_extra_surfaces_are_left_out_and_one_sentence_says_so(folder
     assert columns(results["cases_file"])[9:] == LESIONS
     (message,) = caplog.messages
     assert message == (
-        "Left out: hd95, assd, surface_dice, hd95_medpy, asd_medpy. They need pip install 'lgssl_nnunet[evaluation]'."
+        "Left out: hd95, assd, surface_dice, hd95_medpy, asd_medpy. They need pip install -c constraints.txt -e "
+        '".[evaluation]" in the checkout.'
     )
 
 
@@ -355,22 +356,73 @@ def test_cases_that_cannot_be_compared_are_told_together(folders):
         here(reference, prediction)
     message = str(error.value)
     assert "3 case(s) cannot be compared" in message
-    assert "a.nii.gz has 8 x 8 x 7 voxels" in message
-    assert "b.nii.gz holds labels that dataset.json does not know: [7" in message
-    assert "c.nii.gz cannot be read" in message
+    assert (
+        f"{prediction / 'a.nii.gz'} has 8 x 8 x 7 voxels and {reference / 'a.nii.gz'} has 8 x 8 x 8; check" in message
+    )
+    assert "b.nii.gz holds labels that dataset.json does not know (7); correct the file, or name" in message
+    assert f"{prediction / 'c.nii.gz'} cannot be read (" in message
+    assert "); write it again or remove it" in message
+    assert ".cxx" not in message
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["reference", "prediction"])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("lost", [9, 0.5], ids=["the last bytes", "half"])
+def test_a_file_that_is_cut_off_is_no_segmentation(tmp_path, capsys, side, ending, lost):
+    """ITK reads such a file without a word and fills what is missing with background."""
+    folders = [tmp_path / "labelsTs", tmp_path / "out"]
+    noise = np.random.default_rng(0).integers(0, 2, (20, 20, 20))
+    for folder in folders:
+        save(folder / f"a{ending}", noise)
+    (folders[1] / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1}, "file_ending": ending}))
+    file = folders[side] / f"a{ending}"
+    content = file.read_bytes()
+    file.write_bytes(content[: -lost if lost > 1 else int(lost * len(content))])
+    assert command.main([*map(str, folders), "-np", "0", "--no_surface_metrics"]) == 2
+    error = capsys.readouterr().err
+    assert f"{file} cannot be read (truncated" in error
+    assert not (folders[1] / "summary.json").exists()
+
+
+def test_a_changed_byte_in_a_compressed_file_is_not_scored(tmp_path, capsys):
+    folders = [tmp_path / "labelsTs", tmp_path / "out"]
+    for folder in folders:
+        save(folder / "a.nii.gz", np.random.default_rng(0).integers(0, 2, (20, 20, 20)))
+    description = {"labels": {"background": 0, "x": 1}, "file_ending": ".nii.gz"}
+    (folders[1] / "dataset.json").write_text(json.dumps(description))
+    file = folders[1] / "a.nii.gz"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1  # in the checksum, so everything can be unpacked
+    file.write_bytes(content)
+    assert command.main([*map(str, folders), "-np", "0", "--no_surface_metrics"]) == 2
+    assert f"{file} cannot be read (CRC check failed" in capsys.readouterr().err
 
 
 def test_missing_folders_descriptions_and_matches_are_refused(folders, tmp_path):
     reference, prediction = folders
-    with pytest.raises(DatasetError, match="is no folder"):
+    with pytest.raises(DatasetError, match="nowhere does not exist; give the folder of the references"):
         here(tmp_path / "nowhere", prediction)
-    with pytest.raises(DatasetError, match="nothing to compare"):
+    with pytest.raises(DatasetError, match="nowhere does not exist; give the folder of the predictions"):
+        here(reference, tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match=r"out/a\.nii\.gz is a file; give the folder of the predictions"):
+        here(reference, prediction / "a.nii.gz")
+    with pytest.raises(DatasetError, match=r"nothing to compare.* holds 0 file\(s\) that end in \.nrrd.*-djfile"):
         here(reference, prediction, dataset_json={"labels": LABELS, "file_ending": ".nrrd"})
     with pytest.raises(DatasetError, match=r"ends in \.json"):
         here(reference, prediction, output=tmp_path / "x.csv")
     (prediction / "dataset.json").unlink()
     with pytest.raises(PlansError, match=r"dataset\.json is missing; name it with -djfile"):
         here(reference, prediction)
+
+
+def test_names_that_never_match_are_shown_from_both_folders(folders):
+    reference, prediction = folders
+    for name in "abc":
+        (prediction / f"{name}.nii.gz").rename(prediction / f"{name}_0000.nii.gz")
+    with pytest.raises(DatasetError, match="give each prediction the name of its reference") as refusal:
+        here(reference, prediction)
+    assert f"{reference} holds 3 file(s) that end in .nii.gz, such as a.nii.gz" in str(refusal.value)
+    assert f"{prediction} holds 3 file(s) that end in .nii.gz, such as a_0000.nii.gz" in str(refusal.value)
 
 
 def test_without_plans_the_labels_are_read_as_nnunet_does(folders):

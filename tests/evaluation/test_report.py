@@ -6,7 +6,9 @@ import base64
 import gzip
 import io
 import json
+import shutil
 import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -319,7 +321,8 @@ def test_an_earlier_report_is_replaced_and_another_file_is_not(make, blocks, tmp
         ({"reference": "images"}, DatasetError, "-ref .* holds no file of the 3 predicted cases"),
         ({"images": "labels"}, DatasetError, "-i .* holds no file of the 3 predicted cases"),
         ({"images": "missing"}, DatasetError, "missing does not exist"),
-        ({"cases": ["z"]}, UsageError, "--cases z: there is no such prediction"),
+        ({"cases": ["z"]}, UsageError, "--cases z: there is no such prediction in .*; choose among a, b, c\\."),
+        ({"source": "model", "cases": ["z"]}, UsageError, "there is none at all, so leave --cases out"),
         ({"num_cases": -1}, UsageError, "--num_cases -1"),
         ({"output": "page.txt"}, UsageError, "ends in .html"),
         ({"source": "model", "model_folder": "model"}, UsageError, "leave out -m"),
@@ -340,14 +343,55 @@ def test_what_does_not_fit_is_refused_in_a_sentence(make, blocks, tmp_path, opti
     assert "\n" not in str(refusal.value)
 
 
-def test_a_broken_prediction_is_named_by_its_own_path(make, blocks, tmp_path):
-    source = tmp_path / "copy"
-    source.mkdir()
-    for file in blocks["predictions"].iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
-    (source / "b.nii.gz").write_bytes(b"nothing")
-    with pytest.raises(DatasetError, match=str(source / "b.nii.gz")):
-        make(source)
+@pytest.fixture
+def copied(blocks, tmp_path):
+    """A copy of the predictions that a test may change."""
+    return Path(shutil.copytree(blocks["predictions"], tmp_path / "copy"))
+
+
+def test_a_broken_prediction_is_named_by_its_own_path(make, copied):
+    (copied / "b.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match=str(copied / "b.nii.gz")):
+        make(copied)
+
+
+def test_a_broken_validation_case_is_named_in_its_own_fold(make, blocks, copied, tmp_path):
+    model = Path(shutil.copytree(blocks["model"], tmp_path / "model"))
+    for fold, case in enumerate("ab"):
+        (model / f"fold_{fold}" / "validation").mkdir(parents=True)
+        shutil.copy(copied / f"{case}.nii.gz", model / f"fold_{fold}" / "validation")
+    (broken := model / "fold_1" / "validation" / "b.nii.gz").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match=f"{broken} cannot be read"):
+        make(model, reference=blocks["raw"] / "labelsTs")
+
+
+@pytest.mark.parametrize("with_references", [True, False])
+def test_a_prediction_that_is_cut_off_is_refused(make, blocks, copied, tmp_path, monkeypatch, with_references):
+    if not with_references:
+        monkeypatch.setenv("nnUNet_raw", str(tmp_path / "none"))
+    content = (copied / "b.nii.gz").read_bytes()
+    (copied / "b.nii.gz").write_bytes(content[:-9])
+    with pytest.raises(DatasetError, match=r"copy/b\.nii\.gz cannot be read \(truncated"):
+        make(copied)
+
+
+def test_damaged_records_and_checkpoints_are_told_on_the_page_and_in_the_log(make, blocks, tmp_path, caplog):
+    model = Path(shutil.copytree(blocks["model"], tmp_path / "model"))
+    fold = model / "fold_all"
+    with zipfile.ZipFile(fold / "checkpoint_best.pth", "w") as checkpoint:
+        checkpoint.writestr("archive/data.pkl", "weights")
+    whole = (fold / "checkpoint_best.pth").read_bytes()
+    (fold / "checkpoint_final.pth").write_bytes(whole[: len(whole) // 2])
+    (fold / "debug.json").write_text("{")
+    page = make(model)
+    assert "could not be read: fold_all/debug.json, fold_all/checkpoint_final.pth; copy it again" in page.text
+    assert f"{fold / 'checkpoint_final.pth'} is damaged" in caplog.text
+    assert "checkpoint_best" not in page.text + caplog.text
+
+
+def test_a_damaged_record_of_a_prediction_is_told(make, copied):
+    (copied / "lgssl_prediction.json").write_text("{")
+    assert "could not be read: copy/lgssl_prediction.json" in make(copied).text
 
 
 def test_a_file_that_is_no_niivue_is_refused(make, tmp_path):
@@ -362,6 +406,15 @@ def test_the_command_writes_the_file_and_says_where(blocks, tmp_path, niivue, ca
     assert command.main([*arguments, "--raw", str(blocks["raw"].parent)]) == 0
     assert "a 1 liver 1.0000" in Page(file).text
     assert str(file) in capsys.readouterr().err
+
+
+def test_a_report_in_a_folder_that_does_not_exist_is_refused_before_any_work(make, tmp_path, monkeypatch):
+    from lgssl_nnunet.evaluation.report import report as module
+
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(UsageError, match=r"the folder .*nowhere does not exist; create it or name another"):
+        make(output=tmp_path / "nowhere" / "page.html")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_the_command_refuses_with_status_two(tmp_path, capsys):

@@ -69,8 +69,12 @@ def test_each_coordinate_narrows_the_choice(tmp_path, choose):
     assert choose(trainer="SupervisedTrainer").model.plans == "Q"
     assert choose(plans="Q").model.trainer == "SupervisedTrainer"
     assert choose(configuration="2d").model.trainer == "SupervisedTrainer"
-    with pytest.raises(UsageError, match=r"-tr LGSSLTrianer: no trained model in Dataset501_Tiny.*LGSSLTrainer"):
+    with pytest.raises(UsageError) as error:
         choose(trainer="LGSSLTrianer")
+    assert str(error.value) == (
+        "-tr LGSSLTrianer: no trained model in Dataset501_Tiny has it; did you mean LGSSLTrainer? "
+        "There is LGSSLTrainer, SupervisedTrainer."
+    )
 
 
 def test_models_of_several_datasets_are_listed_with_the_flag_to_add(tmp_path, choose):
@@ -91,7 +95,7 @@ def test_a_second_dataset_without_finished_models_does_not_matter(tmp_path, choo
 
 def test_an_unknown_dataset_names_those_that_have_models(tmp_path, choose):
     add(tmp_path, "LGSSLTrainer__P__3d_fullres")
-    with pytest.raises(UsageError, match=r"-d 502: no trained model .* Dataset501_Tiny"):
+    with pytest.raises(UsageError, match=r"-d 502: no trained model in nnUNet_results .* Dataset501_Tiny"):
         choose(dataset=502)
 
 
@@ -113,6 +117,8 @@ def test_all_finished_folds_predict_and_fold_all_predicts_alone(tmp_path, choose
     assert choose(folds=["2"]).folds == ("2",)
     with pytest.raises(CheckpointError, match=r"checkpoint_final.pth in fold 1.*with checkpoint_final.pth 0 2 all"):
         _one_line(choose, folds=[1])
+    with pytest.raises(CheckpointError, match=r"fold 3 was never trained; train it, or choose .* folds 0 1 2 all"):
+        _one_line(choose, folds=[3])
 
 
 def _one_line(choose, **options):
@@ -133,6 +139,7 @@ def test_a_named_model_folder_may_have_any_name(tmp_path):
     chosen = lookup.model_from_folder(tmp_path / "somewhere" / "my_model")
     assert chosen.folds == ("0",)
     assert chosen.checkpoint_files()[0].is_file()
+    assert str(chosen).startswith(f"{tmp_path / 'somewhere' / 'my_model'}, fold 0")
 
 
 def test_a_wrong_model_folder_is_refused_with_the_right_one(tmp_path):

@@ -174,8 +174,26 @@ def test_unreadable_and_truncated_images_are_told_together(trained, images, tmp_
     whole = (images / "a_0000.nii.gz").read_bytes()
     (images / "b_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
     (images / "c_0000.nii.gz").write_bytes(b"this is no image")
-    with pytest.raises(DatasetError, match=r"(?s)b_0000.nii.gz: cannot be read \(truncated.*c_0000.nii.gz: cannot be"):
+    (images / "d_0000.nii.gz").write_bytes(whole[:-4])
+    with pytest.raises(DatasetError) as error:
         predict_here(images, tmp_path / "out")
+    b, c, d = str(error.value).splitlines()[1:]
+    assert "b_0000.nii.gz: cannot be read (truncated: " in b
+    assert "uncompressed bytes are there); write it again or remove it" in b
+    assert "c_0000.nii.gz: cannot be read (" in c
+    assert "d_0000.nii.gz: cannot be read (truncated" in d
+
+
+def test_what_itk_says_of_a_file_is_told_in_its_last_sentence(model_maker, images, tmp_path, predict_here, no_network):
+    model = model_maker()
+    description = json.loads((model / "dataset.json").read_text())
+    (model / "dataset.json").write_text(json.dumps({**description, "file_ending": ".nrrd"}))
+    folder = tmp_path / ("a long name " * 9)
+    folder.mkdir()
+    (folder / "a_0000.nrrd").write_bytes(b"this is no image")
+    with pytest.raises(DatasetError, match=r"a_0000\.nrrd: cannot be read \(Unable to determine ImageIO") as error:
+        predict_here(folder, tmp_path / "out")
+    assert ".cxx" not in str(error.value)
 
 
 def test_a_file_joined_from_two_gzip_members_is_no_truncated_file(trained, images, tmp_path, predict_here):
@@ -195,10 +213,12 @@ def test_a_four_dimensional_image_is_refused(trained, tmp_path, predict_here, no
 
 def test_nothing_to_predict_is_refused(trained, tmp_path, predict_here, no_network):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"no file ends in \.nii\.gz"):
+    with pytest.raises(DatasetError, match=r"no file ends in \.nii\.gz; give the folder of the images"):
         predict_here(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(DatasetError, match="nowhere does not exist"):
+    with pytest.raises(DatasetError, match="nowhere does not exist; give an image or a folder of images"):
         predict_here(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(DatasetError, match=r"nowhere\.nii\.gz does not exist; correct the list"):
+        predict_here([[tmp_path / "nowhere.nii.gz"]], tmp_path / "out")
     with pytest.raises(DatasetError, match="the list of cases is empty"):
         predict_here([], tmp_path / "out")
 

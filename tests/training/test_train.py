@@ -182,6 +182,25 @@ def test_continuing_with_other_options_names_the_unfinished_run(train_tiny, with
     assert f"Unfinished are {other.name}/fold_all; they continue with --c and their own options." in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("checkpoint_latest.pth", {"continue_training": True}),
+        ("checkpoint_final.pth", {"only_validate": True}),
+        ("checkpoint_best.pth", {"validate_best": True, "continue_training": True}),
+    ],
+)
+def test_a_cut_off_checkpoint_is_a_sentence_with_the_way_out(name, options, train_tiny, run_folder):
+    train_tiny(epochs=1)
+    fold = run_folder.with_name(run_folder.name.replace("__3d", "_e1__3d")) / "fold_all"
+    whole = (fold / "checkpoint_final.pth").read_bytes()
+    if name == "checkpoint_latest.pth":
+        (fold / "checkpoint_final.pth").unlink()
+    (fold / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be loaded .*it is damaged.* Move it away"):
+        train_tiny(epochs=1, **options)
+
+
 def test_without_checkpointing_none_is_written(train_tiny):
     folder = train_tiny(epochs=1, disable_checkpointing=True)
     assert (folder / "plans.json").is_file()
@@ -212,7 +231,7 @@ def test_a_finished_training_that_is_continued_stays_as_it_is(train_tiny, same):
 
 @pytest.mark.parametrize("where", ["train_step", "save_checkpoint"])
 @pytest.mark.parametrize("trainer", ["SupervisedTrainer", "LGSSLTrainer"])
-def test_a_killed_training_continues_as_if_nothing_had_happened(trainer, where, train_tiny, monkeypatch, same):
+def test_a_killed_training_continues_as_if_nothing_had_happened(trainer, where, train_tiny, monkeypatch, same, caplog):
     from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
     def final(folder: Path) -> dict:
@@ -231,6 +250,8 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(trainer, where, 
         patch.setattr(SemiSupervisedTrainer, where, killed)
         with pytest.raises(KeyboardInterrupt):
             train_tiny(**options)
+    assert "Stopped in epoch 2 of 3." in caplog.text
+    assert "checkpoint_latest.pth is saved: the same command with --c goes on from it." in caplog.text
     with pytest.raises(CheckpointError, match=r"already holds checkpoint_latest.pth"):
         train_tiny(**options)
     resumed = final(train_tiny(**options, continue_training=True))
@@ -239,6 +260,18 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(trainer, where, 
     whole = final(train_tiny(**options))
     for key in ("network_weights", "optimizer_state", "lgssl", "_best_ema"):
         assert same(whole[key], resumed[key]), key
+
+
+def test_an_interruption_before_the_first_checkpoint_says_so(train_tiny, monkeypatch, caplog):
+    from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
+
+    def interrupted(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SemiSupervisedTrainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(epochs=1)
+    assert "Stopped in epoch 1 of 1. Nothing is saved yet" in caplog.text
 
 
 def test_trainers_of_nnunet_are_refused_on_our_plans_because_they_would_ignore_them(train_tiny):

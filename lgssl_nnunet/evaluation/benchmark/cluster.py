@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lgssl_nnunet.errors import LGSSLError, MissingDependencyError, UsageError
+from lgssl_nnunet.errors import LGSSLError, MissingDependencyError, UsageError, install_extra
 from lgssl_nnunet.evaluation.benchmark.worker import Job, work
 from lgssl_nnunet.evaluation.benchmark.workers import watch
 
@@ -51,7 +51,7 @@ def require_submitit() -> None:
         import submitit  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            "--cluster needs the package submitit: pip install 'lgssl_nnunet[cluster]', or leave --cluster out."
+            f"--cluster needs the package submitit: run {install_extra('cluster')}, or leave --cluster out."
         ) from error
 
 

@@ -138,21 +138,23 @@ def _compute(job: Job, store: CellStore) -> None:
 
 @contextlib.contextmanager
 def _logged_to(file: Path) -> Iterator[None]:
-    """Send what the steps log and print to a file."""
+    """Send what the steps log and print to a file, and nowhere else."""
     file.parent.mkdir(parents=True, exist_ok=True)
     package = logging.getLogger("lgssl_nnunet")
     with file.open("a", encoding="utf-8") as stream:
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        level = package.level
+        level, propagate = package.level, package.propagate
         package.addHandler(handler)
         package.setLevel(logging.INFO)
+        package.propagate = False  # batchgenerators gives the root logger a handler that prints to the terminal
         try:
             with contextlib.redirect_stdout(stream):
                 yield
         finally:
             package.removeHandler(handler)
             package.setLevel(level)
+            package.propagate = propagate
 
 
 def _hardware(execution: Execution) -> dict[str, Any]:

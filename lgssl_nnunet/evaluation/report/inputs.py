@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.files import read_json, read_json_if_valid
 from lgssl_nnunet.paths import data_folders, dataset_number
 
+PREDICTION_RECORD = "lgssl_prediction.json"
 SELECTION_MAPS = "selection_maps"
 _NEEDED_IN_DATASET = ("labels", "file_ending")
 
@@ -72,6 +74,16 @@ class ReportInputs:
         return tuple(folder for folder in folders if folder.is_dir())
 
     @property
+    def damaged(self) -> tuple[Path, ...]:
+        """The records and checkpoints that are there but cannot be read; a checkpoint must be a whole zip archive."""
+        records = [self.source / PREDICTION_RECORD, *(fold / "debug.json" for fold in self.folds)]
+        checkpoints = [file for fold in self.folds for file in sorted(fold.glob("*.pth"))]
+        return (
+            *(file for file in records if file.is_file() and read_json_if_valid(file) is None),
+            *(file for file in checkpoints if not is_zipfile(file)),
+        )
+
+    @property
     def measured(self) -> tuple[ReportCase, ...]:
         """The cases that have a reference."""
         return tuple(case for case in self.cases if case.reference)
@@ -97,7 +109,7 @@ def find_inputs(
     is_model = any(folder.is_dir() for folder in source.glob("fold_*"))
     if is_model and model_folder is not None:
         raise UsageError(f"-m names the model of predictions, but {source} is a model itself; leave out -m.")
-    prediction_record = {} if is_model else read_json_if_valid(source / "lgssl_prediction.json") or {}
+    prediction_record = {} if is_model else read_json_if_valid(source / PREDICTION_RECORD) or {}
     model = source if is_model else _model_of(source, model_folder, prediction_record)
     description = _description(dataset_json, source, model)
     plans = _first_json("plans.json", source, model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lgssl_nnunet.errors import DatasetError, UsageError
+from lgssl_nnunet.errors import DatasetError, UsageError, install_extra
 from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
 from lgssl_nnunet.evaluation.report.curves import charts
 from lgssl_nnunet.evaluation.report.facts import collect_facts, foreground_names, ignored_label
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "lgssl_report.html"
 VIEWER_CHARACTERS = 11_000_000
+_MOST_NAMED = 20
 
 
 def report(
@@ -78,6 +79,8 @@ def report(
     inputs = find_inputs(source, **folders)
     file = Path(output).expanduser() if output else source / REPORT
     _check(inputs, cases, num_cases, file)
+    for damaged in inputs.damaged:
+        logger.warning("%s is damaged and could not be read; copy it again or make it again.", damaged)
     script = niivue_script(Path(niivue).expanduser() if niivue else None)
     show_bars = progress and sys.stderr.isatty()
     if results is None and inputs.measured:
@@ -103,14 +106,23 @@ def _check(inputs: ReportInputs, cases: Sequence[str] | None, num_cases: int, fi
         raise UsageError(f"--num_cases {num_cases}: it is a number of cases, 0 or more.")
     unknown = sorted(set(cases or ()) - {case.name for case in inputs.cases})
     if unknown:
-        known = ", ".join(case.name for case in inputs.cases[:5]) or "none"
         raise UsageError(
-            f"--cases {' '.join(unknown)}: there is no such prediction in {inputs.source}; there is {known}."
+            f"--cases {' '.join(unknown)}: there is no such prediction in {inputs.source}; {_known_cases(inputs)}."
         )
     if file.is_dir() or file.suffix not in (".html", ".htm"):
         raise UsageError(f"-o {file}: the report is one file; give a name that ends in .html.")
+    if not file.parent.is_dir():
+        raise UsageError(f"-o {file}: the folder {file.parent} does not exist; create it or name another.")
     if file.is_file() and GENERATOR not in file.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise UsageError(f"-o {file} exists and is no report of lgssl_report; give another name.")
+
+
+def _known_cases(inputs: ReportInputs) -> str:
+    names = [case.name for case in inputs.cases]
+    if not names:
+        return "there is none at all, so leave --cases out"
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return f"choose among {', '.join(names[:_MOST_NAMED])}{more}"
 
 
 def _evaluate(inputs: ReportInputs, num_processes: int, progress: bool) -> dict[str, Any]:
@@ -131,8 +143,11 @@ def _evaluate(inputs: ReportInputs, num_processes: int, progress: bool) -> dict[
                 progress=progress,
             )
         except DatasetError as error:
-            message = str(error).replace(str(root / "prediction"), str(inputs.measured[0].prediction.parent))
-            raise DatasetError(message.replace(str(root / "reference"), str(inputs.reference_folder))) from error
+            message = str(error)
+            for case in inputs.measured:
+                message = message.replace(str(root / "prediction" / case.prediction.name), str(case.prediction))
+                message = message.replace(str(root / "reference" / case.prediction.name), str(case.reference))
+            raise DatasetError(message) from error
 
 
 def _shown_cases(
@@ -222,7 +237,7 @@ def _notes(inputs: ReportInputs, results: Mapping[str, Any] | None, without_view
     """Return sentences on what is missing from the page, so that nothing is dropped silently."""
     notes = []
     if results is not None and all(result.hd95 is None for result in results["cases"]):
-        notes.append("Surface distances were not measured; they need pip install 'lgssl_nnunet[evaluation]'.")
+        notes.append(f"Surface distances were not measured; they need {install_extra('evaluation')}.")
     unmeasured = [case.name for case in inputs.cases if not case.reference]
     if not inputs.cases:
         notes.append(
@@ -237,6 +252,10 @@ def _notes(inputs: ReportInputs, results: Mapping[str, Any] | None, without_view
         notes.append(f"{len(inputs.without_prediction)} references have no prediction and are not counted: {missing}.")
     if inputs.is_model and any(case.prediction.parent.parent.name == "fold_all" for case in inputs.cases):
         notes.append("The cases below were trained on (fold all), so their metrics say nothing about new scans.")
+    if inputs.damaged:
+        # By the last folder only, because reports are handed on.
+        files = ", ".join(f"{file.parent.name}/{file.name}" for file in inputs.damaged)
+        notes.append(f"Damaged, so it could not be read: {files}; copy it again, or make it again.")
     if without_viewer:
         notes.append(WITHOUT_VIEWER)
     return notes

@@ -13,16 +13,15 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from lgssl_nnunet.errors import MissingDependencyError
+from lgssl_nnunet.errors import MissingDependencyError, install_extra
 from lgssl_nnunet.evaluation.report.volumes import MARGIN_MM, Volume, box_around, coarsened, cropped, nifti_bytes
 
 logger = logging.getLogger(__name__)
 
 WIDGET = "static/widget.js"
 WITHOUT_VIEWER = (
-    "The interactive viewer is left out, because NiiVue's script was not found when this report was written: install "
-    "it with pip install 'lgssl_nnunet[viewer]', or name a file of npm's @niivue/niivue with --niivue, and write the "
-    "report again."
+    "The interactive viewer is left out, because NiiVue's script was not found when this report was written: run "
+    f"{install_extra('viewer')}, or name a file of npm's @niivue/niivue with --niivue, and write the report again."
 )
 _EXPORT = re.compile(r"export\s*\{([^{}]*)\}\s*;?\s*(?://# sourceMappingURL=\S*\s*)?$")
 _PERCENT_ENCODED = re.compile(r'"((?:[^"\\]|\\.)*export(?:%20)*%7B[^"]*)"')
@@ -87,12 +86,12 @@ def _script_of(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise MissingDependencyError(f"{file}: NiiVue's script cannot be read ({error}).") from error
+        raise MissingDependencyError(f"{file}: NiiVue's script cannot be read ({error}); name another file.") from error
     script = _as_global(text)
     if script is None:
         raise MissingDependencyError(
             f"{file} is no self-contained build of NiiVue; take dist/niivue.umd.js or dist/index.js of npm's "
-            "@niivue/niivue, or install ipyniivue."
+            f"@niivue/niivue, or run {install_extra('viewer')}."
         )
     # The page's parser looks for these even inside a script; in JavaScript the backslash changes nothing.
     return re.sub(r"<(?=/script|!--)", r"\\x3c", script, flags=re.IGNORECASE)

@@ -12,6 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
+from lgssl_nnunet.dataset_conversion.volumes import last_line, require_whole_nifti
 from lgssl_nnunet.errors import DatasetError
 
 PERCENTILES = (0.5, 99.5)
@@ -50,16 +51,17 @@ def read_volume(file: Path, reader: type[BaseReaderWriter]) -> Volume:
         reader: nnU-Net's reader of the dataset, for formats without directions (PNG, TIFF).
 
     Raises:
-        DatasetError: the file cannot be read.
+        DatasetError: the file is cut off or cannot be read.
     """
     try:
+        require_whole_nifti(file)
         if file.name.endswith(_ITK_ENDINGS):
             image = sitk.ReadImage(str(file))
             if image.GetDimension() == 3 and image.GetNumberOfComponentsPerPixel() == 1:
                 return _oriented(sitk.DICOMOrient(image, "LPS"))
         voxels, properties = reader().read_images([str(file)])
     except Exception as error:
-        raise DatasetError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); write it again.") from error
+        raise DatasetError(f"{file} cannot be read ({last_line(error)}); write it again or remove it.") from error
     spacing = tuple(float(value) for value in np.broadcast_to(properties["spacing"], 3))
     return Volume(voxels[0], spacing, np.diag([*spacing[::-1], 1.0]), oriented=False)
 

@@ -1,0 +1,81 @@
+"""Reading volumes: files that are cut off are told from whole ones, and messages are short and name a remedy."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from lgssl_nnunet.dataset_conversion.volumes import last_line, read_h5, require_whole_nifti
+from lgssl_nnunet.errors import MissingDependencyError
+
+LENGTH = 352 + 20**3
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Write a segmentation of noise, which hardly shrinks when it is compressed, and return its content."""
+
+    def write(name: str) -> bytes:
+        noise = np.random.default_rng(0).integers(0, 255, (20, 20, 20)).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(noise), str(tmp_path / name))
+        return (tmp_path / name).read_bytes()
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd"])
+def test_whole_files_pass(whole, tmp_path, name):
+    whole(name)
+    require_whole_nifti(tmp_path / name)
+
+
+@pytest.mark.parametrize("lost", [1, 4, 8, 9])
+def test_a_compressed_file_that_lacks_its_last_bytes_is_refused(whole, tmp_path, lost):
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(whole("a.nii.gz")[:-lost])
+    with pytest.raises(OSError, match="truncated"):
+        require_whole_nifti(file)
+
+
+def test_what_is_left_of_a_file_is_counted_in_uncompressed_bytes(whole, tmp_path):
+    content = whole("a.nii.gz")
+    (tmp_path / "a.nii.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match=rf"truncated: \d+ of {LENGTH} uncompressed bytes are there") as refusal:
+        require_whole_nifti(tmp_path / "a.nii.gz")
+    assert 0.3 * LENGTH < int(str(refusal.value).split()[1]) < 0.7 * LENGTH
+    (tmp_path / "a.nii").write_bytes(whole("a.nii")[:5000])
+    with pytest.raises(OSError, match=f"truncated: 5000 of {LENGTH} bytes are there"):
+        require_whole_nifti(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", gzip.compress(b"nothing"), gzip.compress(bytes(9999))[:200]])
+def test_files_without_a_header_are_refused(tmp_path, content):
+    for name in ("a.nii", "a.nii.gz"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(OSError, match=name):
+            require_whole_nifti(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ('Exception thrown: /src/x.cxx:99:\nsitk::ERROR: Unable to read "a b.nii"', 'Unable to read "a b.nii"'),
+        ("x.cxx:9:\nITK ERROR: MetaImageIO(0x5f): Cannot read: a.mha\nReason: No such file", "Cannot read: a.mha"),
+        ("/src/x.cxx:9:\n[nrrd] nrrdRead: trouble\n[nrrd] _read: got 5 bytes\n", "got 5 bytes"),
+        ("Expected 9 bytes, got 5 bytes\n - could the file be damaged?", "Expected 9 bytes, got 5 bytes"),
+        (f"This is it: {'/long-name' * 30}", "This is it: ..."),
+        ("", "OSError"),
+    ],
+)
+def test_of_a_long_message_the_telling_line_is_kept(message, line):
+    assert last_line(OSError(message)) == line
+
+
+def test_without_h5py_the_extra_is_named_as_the_readme_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(MissingDependencyError, match=r'pip install -c constraints.txt -e "\.\[h5\]"'):
+        read_h5(tmp_path / "a.h5")
