@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class PlanningOptions:
     planner: str
     plans_name: str | None
     text_encoder: str
+    ensemble_prompts: bool
     configurations: tuple[str, ...]
     gpu_memory_target: float | None
     overwrite_target_spacing: tuple[float, ...] | None
@@ -85,6 +87,7 @@ def plan_and_preprocess(
     seed: int = 0,
     prompts: Path | str | None = None,
     text_encoder: str = "bank",
+    ensemble_prompts: bool = False,
     configurations: Sequence[str] = CONFIGURATIONS,
     gpu_memory_target: float | None = None,
     overwrite_target_spacing: Sequence[float] | None = None,
@@ -112,8 +115,9 @@ def plan_and_preprocess(
         protocol: name of a protocol (`lgssl_nnunet.plans.protocol`), whose lists fix which cases train and test;
             `labeled` takes the first ones of its list.
         seed: seed of the draw; draws with one seed are nested.
-        prompts: JSON file with a prompt by class name; it overrides those of dataset.json.
+        prompts: JSON file with a prompt, or several, by class name; it overrides those of dataset.json.
         text_encoder: where prompt embeddings come from: "bank" (shipped), an open_clip model or local weights.
+        ensemble_prompts: average every phrase over all templates of the modality.
         configurations: which configurations to preprocess; those that the plans do not have are skipped.
         gpu_memory_target: memory in GB that one step of LGSSLTrainer may take; None for the planner's default.
         overwrite_target_spacing: three spacings in mm for 3d_fullres, in the order of the array axes (z, y, x).
@@ -143,6 +147,7 @@ def plan_and_preprocess(
         planner=planner,
         plans_name=overwrite_plans_name,
         text_encoder=text_encoder,
+        ensemble_prompts=ensemble_prompts,
         configurations=tuple(configurations),
         gpu_memory_target=gpu_memory_target,
         overwrite_target_spacing=None if overwrite_target_spacing is None else tuple(overwrite_target_spacing),
@@ -182,10 +187,10 @@ def _prepare(
         budget = protocol_budget(published, labeled)
         dataset = published.dataset.with_labeled(budget.labeled)
     _report_cases(complete, dataset, budget)
-    sentences, embeddings = _embed(dataset.dataset_json, prompts, options.text_encoder)
+    worded, embeddings = _embed(dataset.dataset_json, prompts, options)
     plans_name = options.plans_name or f"{planner_class.plans_prefix}{budget.name}"
     held_out = _held_out(complete, published)
-    job = PlanningJob(dataset, budget, plans_name, sentences, embeddings, published, held_out)
+    job = PlanningJob(dataset, budget, plans_name, worded, embeddings, published, held_out)
     _refuse_foreign_plans(job.preprocessed / f"{plans_name}.json")
     return job
 
@@ -264,8 +269,9 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
 def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:
     from lgssl_nnunet.plans.sidedness import mirroring_axes
 
+    texts = itertools.zip_longest(*([text.sentence for text in prompt.texts] for prompt in job.prompts), fillvalue="")
     axes = mirroring_axes(
-        [[prompt.class_name for prompt in job.prompts], [prompt.sentence for prompt in job.prompts]],
+        [[prompt.class_name for prompt in job.prompts], *texts],
         {name: case.images[0] for name, case in job.dataset.cases.items()},
         plans["image_reader_writer"],
         plans["transpose_forward"],
@@ -280,15 +286,30 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         },
         "draw_seed": job.budget.seed,
         "schedule": dict(planner_class.schedule),
-        "text": {
-            "encoder": job.embeddings.encoder,
-            "prompts": list(job.embeddings.prompts),
-            "embeddings": [[float(value) for value in row] for row in job.embeddings.embeddings],
-            "sha256": job.embeddings.sha256,
-        },
+        "text": _text_block(job),
         "mirroring_axes": axes,
     }
     return block if job.published is None else block | {"protocol": job.published.protocol.name}
+
+
+def _text_block(job: PlanningJob) -> dict[str, Any]:
+    """Return encoder, prompts and vectors; what was averaged is said only where something was."""
+    from lgssl_nnunet.text.prompts import templates
+
+    block = {
+        "encoder": job.embeddings.encoder,
+        "prompts": job.embeddings.prompts,
+        "embeddings": [[float(value) for value in row] for row in job.embeddings.embeddings],
+        "sha256": job.embeddings.sha256,
+    }
+    if any(text.rewordings for prompt in job.prompts for text in prompt.texts):
+        block["templates"] = list(templates(job.prompts[0].modality))
+    several = {
+        prompt.class_name: [text.sentence for text in texts]
+        for prompt, texts in zip(job.prompts, job.embeddings.texts, strict=True)
+        if len(texts) > 1
+    }
+    return block | {"several_texts": several} if several else block
 
 
 def _preprocess(job: PlanningJob, plans: dict[str, Any], options: PlanningOptions) -> None:
@@ -318,14 +339,24 @@ def _preprocess(job: PlanningJob, plans: dict[str, Any], options: PlanningOption
 
 
 def _embed(
-    dataset_json: dict[str, Any], prompts: Path | str | None, encoder: str
+    dataset_json: dict[str, Any], prompt_file: Path | str | None, options: PlanningOptions
 ) -> tuple[list[Prompt], PromptEmbeddings]:
-    from lgssl_nnunet.text.encoders import embed_prompts
-    from lgssl_nnunet.text.prompts import build_prompts, load_prompt_file
+    """Embed the prompts, name them, and warn of classes that have one vector."""
+    from lgssl_nnunet.text.encoders import embed_dataset
+    from lgssl_nnunet.text.similarity import SAME, cosine_matrix, similar_pairs
 
-    overrides = None if prompts is None else load_prompt_file(prompts)
-    sentences = build_prompts(dataset_json, overrides)
-    return sentences, embed_prompts(sentences, encoder)
+    worded, embeddings = embed_dataset(
+        dataset_json, prompt_file, options.text_encoder, ensemble=options.ensemble_prompts
+    )
+    for prompt, texts in zip(worded, embeddings.texts, strict=True):
+        for text in texts:
+            logger.info("Prompt of %s: %r (%s)", prompt.class_name, text.sentence, text.source)
+    names = [prompt.class_name for prompt in worded]
+    for pair in similar_pairs(names, cosine_matrix(embeddings.embeddings), SAME):
+        logger.warning(
+            "Classes %s and %s have the same embedding: word one of them differently", pair.first, pair.second
+        )
+    return worded, embeddings
 
 
 def _report_cases(complete: RawDataset, dataset: RawDataset, budget: Budget) -> None:

@@ -57,6 +57,27 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, folders: bool = Tru
     group.add_argument("--debug", action="store_true", help="show debug messages, and the traceback of an error")
 
 
+def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
+    """Add what decides the prompts: `--prompts`, `--text_encoder` and `--ensemble_prompts`."""
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON file with a prompt, or a list of them, by class name (default: from dataset.json)",
+    )
+    group.add_argument(
+        "--text_encoder",
+        default="bank",
+        metavar="ENCODER",
+        help="what embeds the prompts: bank (shipped), minilm, file:BANK.npz, hf:FOLDER, biomedclip, hf-hub:ORG/NAME, "
+        "local-dir:FOLDER or MODEL/PRETRAINED of open_clip; nothing is downloaded (default: bank)",
+    )
+    group.add_argument(
+        "--ensemble_prompts",
+        action="store_true",
+        help="average every phrase over all templates of the modality (default: the first template)",
+    )
+
+
 def add_processes_argument(parser: argparse.ArgumentParser, what: str = "worker processes") -> None:
     """Add `-np`, a number of processes that is at most 8 and at most one per core by default."""
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from lgssl_nnunet.cli.common import add_common_arguments, command_parser, run_command
+from lgssl_nnunet.cli.common import add_common_arguments, add_prompt_arguments, command_parser, run_command
 from lgssl_nnunet.errors import UsageError
 
 _DESCRIPTION = """\
@@ -54,16 +54,7 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "its list (names: docs/protocols.md; default: none)",
     )
     group.add_argument("--seed", type=int, default=0, help="seed of the draw; its draws are nested (default: 0)")
-    group.add_argument(
-        "--prompts", metavar="FILE", help="JSON file with a prompt by class name (default: from dataset.json)"
-    )
-    group.add_argument(
-        "--text_encoder",
-        default="bank",
-        metavar="ENCODER",
-        help="what embeds the prompts: bank (shipped), minilm, file:BANK.npz, hf:FOLDER, biomedclip, hf-hub:ORG/NAME, "
-        "local-dir:FOLDER or MODEL/PRETRAINED of open_clip; nothing is downloaded (default: bank)",
-    )
+    add_prompt_arguments(group)
 
 
 def _add_planning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +148,7 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         prompts=arguments.prompts,
         text_encoder=arguments.text_encoder,
+        ensemble_prompts=arguments.ensemble_prompts,
         configurations=arguments.c,
         gpu_memory_target=arguments.gpu_memory_target,
         overwrite_target_spacing=arguments.overwrite_target_spacing,

@@ -1,8 +1,11 @@
 """The embedding bank: prompts and their vectors in one `.npz`, so that planning needs no text encoder.
 
 Format, all plain arrays that load without pickles: `prompts` (N,) text, `embeddings` (N, T) float16 or float32,
-`encoder` and `sha256` (of the encoder's weights) as single texts. The shipped bank stores unit vectors as float16
+`encoder` and `sha256` (of the encoder's weights) as single texts. The shipped banks store unit vectors as float16
 (rounded further by `build_bank`); renormalised on loading, their cosine to the exact vectors is above 0.99999.
+
+Two banks are shipped, with the same prompts: one with the vector of each sentence, one with the mean direction of all
+templates of its modality, which ensembling takes.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from lgssl_nnunet.text.prompts import Prompt, template_sentence
 
 BANK_FOLDER = Path(__file__).parent / "bank"
 SHIPPED_BANK = BANK_FOLDER / "minilm.npz"
+AVERAGED_BANK = BANK_FOLDER / "minilm_averaged.npz"
 STRUCTURES_FILE = BANK_FOLDER / "structures.json"
 
 _ARRAYS = ("prompts", "embeddings", "encoder", "sha256")
@@ -107,7 +111,7 @@ class EmbeddingBank:
         that sentence or not at all, because answering with another one would ignore what was asked for.
 
         Args:
-            prompt: Prompt of one output channel.
+            prompt: One text of a class; its rewordings and the other texts are not looked at.
 
         Returns:
             The entry, or None.

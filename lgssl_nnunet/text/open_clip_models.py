@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import MissingDependencyError, PromptError
-from lgssl_nnunet.text.encoders import INSTALL, TextEncoder, file_sha256, first_line, missing_packages, offline
+from lgssl_nnunet.text.encoders import (
+    INSTALL,
+    TextEncoder,
+    file_sha256,
+    first_line,
+    missing_packages,
+    offline,
+    warn_if_cut,
+)
 
 _HUB = "hf-hub:"
 _LOCAL = "local-dir:"
@@ -51,11 +59,14 @@ def load_open_clip(name: str) -> TextEncoder:
         try:
             model, tokenizer = _open(source)
         except Exception as error:  # open_clip, torch and transformers raise many kinds for damaged files
-            raise PromptError(f"Text encoder {name} cannot be loaded ({first_line(error)}).") from error
+            raise PromptError(
+                f"Text encoder {name} cannot be loaded from {source.weights} ({first_line(error)}): download it again."
+            ) from error
 
     def encode_one(sentence: str) -> Any:
         import torch
 
+        warn_if_cut(name, tokenizer, sentence)
         with torch.inference_mode():
             return model.encode_text(tokenizer([sentence]), normalize=True)[0].float().numpy()
 

@@ -1,4 +1,4 @@
-"""One sentence per output channel: from the channel and class names of dataset.json, or as the user words it.
+"""The text of each output channel: from the channel and class names of dataset.json, or as the user words it.
 
 The rules, in one place:
 
@@ -10,9 +10,12 @@ The rules, in one place:
   a mixture included: "A medical image of the ...". Background is worded like every other class.
 - Names. Underscores become spaces and capitalised words lower case ("Left_Atrium" is "left atrium", "MS_lesion" is
   "MS lesion").
-- Override. A value that ends with a full stop, or begins with a capital "A ", "An " or "The ", is a whole sentence and
-  is used as it stands. Any other value is a phrase and goes into the template in place of the class name; a phrase that
-  brings its own article ("the left lung") keeps it.
+- Override. A value that ends with a full stop, or begins with a capital "A ", "An " or "The ", is a whole sentence or
+  description and is used as it stands. Any other value is a phrase and goes into the template in place of the class
+  name; a phrase that brings its own article ("the left lung") keeps it. A list of such values gives a class several
+  texts, whose vectors are averaged.
+- Ensembling, on request. Every phrase is worded in all templates of its modality, and the vectors are averaged; whole
+  sentences have no template and stay one text.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,31 @@ MRI = "MRI"
 OTHER = "other"
 MODALITIES = (CT, MRI, OTHER)
 
-_OPENINGS = {
-    CT: "A computerized tomography of",
-    MRI: "A magnetic resonance image of",
-    OTHER: "A medical image of",
+_TEMPLATES = {
+    CT: (
+        "A computerized tomography of {}",
+        "A CT scan showing {}",
+        "CT imaging of {}",
+        "A slice through {} in computed tomography",
+        "The outline of {} in a CT volume",
+    ),
+    MRI: (
+        "A magnetic resonance image of {}",
+        "An MRI scan showing {}",
+        "MR imaging of {}",
+        "A slice through {} in magnetic resonance imaging",
+        "The outline of {} in an MR volume",
+    ),
+    OTHER: (
+        "A medical image of {}",
+        "A scan showing {}",
+        "Medical imaging of {}",
+        "A slice through {} in medical imaging",
+        "The outline of {} in a medical volume",
+    ),
 }
+"""Templates by modality. The first one words a prompt; all of them together are the ensemble."""
+
 _CHANNEL_WORDS = {
     CT: "ct cta cect ncct ldct cbct",
     MRI: "mr mri mra magnetic t1 t1w t1c t1ce t1gd t1n t1wi t2 t2w t2f t2s t2star t2wi flair lge cine bssfp adc dwi "
@@ -58,20 +81,35 @@ class Prompt:
         phrase: What stands in the template (class name or phrase of the user); None for a sentence given as a whole,
             which a look-up must then find word by word.
         modality: `CT`, `MRI` or `other`: the template of `sentence`.
+        rewordings: The phrase in the further templates of the modality, if the prompt is an ensemble.
+        others: Further texts of the same class, which have no `others` of their own.
     """
 
     class_name: str
     sentence: str
     phrase: str | None = None
     modality: str = OTHER
+    rewordings: tuple[str, ...] = ()
+    others: tuple[Prompt, ...] = ()
+
+    @property
+    def texts(self) -> tuple[Prompt, ...]:
+        """All texts of the class, this one first; their vectors are averaged."""
+        return (self, *self.others)
 
 
-def build_prompts(dataset_json: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> list[Prompt]:
+def build_prompts(
+    dataset_json: Mapping[str, Any],
+    overrides: Mapping[str, str | Sequence[str]] | None = None,
+    *,
+    ensemble: bool = False,
+) -> list[Prompt]:
     """Word the prompt of every output channel, in the order of the network's channels.
 
     Args:
         dataset_json: Content of dataset.json; its `prompts` block, if any, overrides the templates.
-        overrides: Prompt by class name (`--prompts FILE`); wins over the block in dataset.json.
+        overrides: Prompt, or several, by class name (`--prompts FILE`); wins over the block in dataset.json.
+        ensemble: Word every phrase in all templates of the modality, to be averaged.
 
     Returns:
         One prompt per output channel.
@@ -86,7 +124,7 @@ def build_prompts(dataset_json: Mapping[str, Any], overrides: Mapping[str, str] 
     modality = prompt_modality(dataset_json)
     wording = dict(_checked_overrides(dataset_json.get("prompts"), names, "the `prompts` block of dataset.json"))
     wording.update(_checked_overrides(overrides, names, "the prompt file"))
-    return [_make_prompt(name, wording.get(name), modality) for name in names]
+    return [_make_prompt(name, wording.get(name), modality, ensemble) for name in names]
 
 
 def prompted_classes(dataset_json: Mapping[str, Any]) -> list[str]:
@@ -119,6 +157,11 @@ def prompt_modality(dataset_json: Mapping[str, Any]) -> str:
     return found.pop() if len(found) == 1 else OTHER
 
 
+def templates(modality: str) -> tuple[str, ...]:
+    """Return the templates of a modality (`CT`, `MRI` or `other`); `{}` stands for the phrase with its article."""
+    return _TEMPLATES[modality]
+
+
 def template_sentence(phrase: str, modality: str) -> str:
     """Put a phrase into the template of a modality.
 
@@ -129,25 +172,40 @@ def template_sentence(phrase: str, modality: str) -> str:
     Returns:
         The sentence, without a full stop.
     """
-    if not _OWN_ARTICLE.match(phrase):
-        article = _indefinite_article(phrase) if modality == CT else "the"
-        phrase = f"{article} {phrase}"
-    return f"{_OPENINGS[modality]} {phrase}"
+    article = _indefinite_article(phrase) if modality == CT else "the"
+    return templates(modality)[0].format(_with_article(phrase, article))
 
 
-def load_prompt_file(path: str | Path) -> dict[str, str]:
+def phrase_prompt(class_name: str, phrase: str, modality: str, *, ensemble: bool = False) -> Prompt:
+    """Make the prompt of a phrase.
+
+    Args:
+        class_name: Name in dataset.json.
+        phrase: For example "left atrium" or "the left atrium".
+        modality: `CT`, `MRI` or `other`.
+        ensemble: Add the phrase in the further templates of the modality, always with "the" if it has no article.
+
+    Returns:
+        The prompt.
+    """
+    further = templates(modality)[1:] if ensemble else ()
+    rewordings = tuple(template.format(_with_article(phrase, "the")) for template in further)
+    return Prompt(class_name, template_sentence(phrase, modality), phrase, modality, rewordings)
+
+
+def load_prompt_file(path: str | Path) -> dict[str, str | list[str]]:
     """Read a JSON file that maps class names to prompts.
 
     Class names are checked by `build_prompts`, which knows the dataset.
 
     Args:
-        path: JSON file such as `{"Anterior": "anterior part of the hippocampus"}`.
+        path: JSON file such as `{"Anterior": "anterior part of the hippocampus", "liver": ["liver", "hepar"]}`.
 
     Returns:
-        Prompt by class name.
+        Prompt, or list of prompts, by class name.
 
     Raises:
-        PromptError: The file is missing, is no JSON object, or holds something that is not a text.
+        PromptError: The file is missing, is no JSON object, or holds something that is neither a text nor texts.
     """
     path = Path(path)
     remedy = 'it must hold one JSON object such as {"liver": "liver with tumours"}.'
@@ -160,15 +218,30 @@ def load_prompt_file(path: str | Path) -> dict[str, str]:
     if not isinstance(content, dict) or not content:
         raise PromptError(f"Prompt file {path} does not map class names to prompts; {remedy}")
     for name, value in content.items():
-        _check_text(name, value, f"Prompt file {path}")
+        _check_prompt(name, value, f"Prompt file {path}")
     return content
 
 
-def _make_prompt(class_name: str, wording: str | None, modality: str) -> Prompt:
-    phrase = _readable(class_name) if wording is None else " ".join(wording.split())
-    if wording is not None and _is_sentence(phrase):
-        return Prompt(class_name, phrase, phrase=None, modality=modality)
-    return Prompt(class_name, template_sentence(phrase, modality), phrase=phrase, modality=modality)
+def _make_prompt(class_name: str, wording: str | Sequence[str] | None, modality: str, ensemble: bool) -> Prompt:
+    if wording is None:
+        return phrase_prompt(class_name, _readable(class_name), modality, ensemble=ensemble)
+    texts = [" ".join(text.split()) for text in _as_list(wording)]
+    first, *others = (_worded_prompt(class_name, text, modality, ensemble) for text in texts)
+    return replace(first, others=tuple(others))
+
+
+def _worded_prompt(class_name: str, text: str, modality: str, ensemble: bool) -> Prompt:
+    if _is_sentence(text):
+        return Prompt(class_name, text, phrase=None, modality=modality)
+    return phrase_prompt(class_name, text, modality, ensemble=ensemble)
+
+
+def _as_list(wording: str | Sequence[str]) -> list[str]:
+    return [wording] if isinstance(wording, str) else list(wording)
+
+
+def _with_article(phrase: str, article: str) -> str:
+    return phrase if _OWN_ARTICLE.match(phrase) else f"{article} {phrase}"
 
 
 def _is_sentence(text: str) -> bool:
@@ -207,7 +280,7 @@ def _label_values(name: str, value: Any) -> tuple[int, ...]:
         ) from error
 
 
-def _checked_overrides(overrides: Any, names: Sequence[str], origin: str) -> Mapping[str, str]:
+def _checked_overrides(overrides: Any, names: Sequence[str], origin: str) -> Mapping[str, str | Sequence[str]]:
     if overrides is None:
         return {}
     if not isinstance(overrides, Mapping):
@@ -219,13 +292,16 @@ def _checked_overrides(overrides: Any, names: Sequence[str], origin: str) -> Map
             f"the classes here are {_listed(names)}."
         )
     for name, value in overrides.items():
-        _check_text(name, value, f"{origin[0].upper()}{origin[1:]}")
+        _check_prompt(name, value, f"{origin[0].upper()}{origin[1:]}")
     return overrides
 
 
-def _check_text(name: str, value: Any, origin: str) -> None:
-    if not isinstance(value, str) or not value.strip(" ."):
-        raise PromptError(f"{origin} gives class {name!r} the prompt {value!r}: a prompt is a phrase or a sentence.")
+def _check_prompt(name: str, value: Any, origin: str) -> None:
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not texts or not all(isinstance(text, str) and text.strip(" .") for text in texts):
+        raise PromptError(
+            f"{origin} gives class {name!r} the prompt {value!r}: a prompt is a phrase, a sentence or a list of them."
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

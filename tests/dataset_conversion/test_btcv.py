@@ -341,8 +341,9 @@ def test_the_shipped_bank_knows_every_class(name):
     description = {"channel_names": {"0": dataset.channel}, "labels": dataset.labels, "prompts": dataset.prompts}
     embedded = embed_prompts(build_prompts(description), "bank")
     assert len(embedded.prompts) == len(set(embedded.prompts)) == len(dataset.labels)
-    assert all(source.startswith("bank, by ") for source in embedded.sources)
-    assert not any(source.endswith("synonym") for source in embedded.sources)
+    sources = [text.source for (text,) in embedded.texts]
+    assert all(source.startswith("bank, by ") for source in sources)
+    assert not any(source.endswith("synonym") for source in sources)
 
 
 def test_plans_have_the_median_spacing_ct_normalisation_and_no_left_right_mirroring(

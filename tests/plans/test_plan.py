@@ -34,6 +34,7 @@ def test_the_block_of_the_plans_is_complete(raw_dataset, plan_tiny, caplog):
     assert block["schedule"]["optimizer"] == "adamw"
     assert block["mirroring_axes"] is None
     text = block["text"]
+    assert set(text) == {"encoder", "prompts", "embeddings", "sha256"}
     assert [("liver" in prompt, "spleen" in prompt) for prompt in text["prompts"]][1:] == [(True, False), (False, True)]
     assert np.asarray(text["embeddings"]).shape[0] == 3
     assert "found 6 labelled, 3 unlabelled and 2 test cases" in caplog.text
@@ -88,6 +89,26 @@ def test_a_prompt_file_changes_the_embedding_of_its_class_and_no_other(raw_datas
     assert "pancreas" in other["prompts"][1]
     assert [a != b for a, b in zip(plain["prompts"], other["prompts"], strict=True)] == [False, True, False]
     assert [a != b for a, b in zip(plain["embeddings"], other["embeddings"], strict=True)] == [False, True, False]
+
+
+def test_averaged_prompts_are_recorded_with_what_was_averaged(raw_dataset, plan_tiny, tmp_path, caplog):
+    caplog.set_level("INFO")
+    raw_dataset(labeled=2)
+    (tmp_path / "prompts.json").write_text(json.dumps({"liver": ["hepar", "pancreas"]}))
+    file = plan_tiny(preprocess=False, prompts=tmp_path / "prompts.json", ensemble_prompts=True)
+    text = json.loads(file.read_text())["lgssl"]["text"]
+    sentences = [f"A computerized tomography of a {name}" for name in ("background", "liver", "spleen")]
+    assert text["prompts"] == sentences
+    assert text["several_texts"] == {"liver": [sentences[1], "A computerized tomography of a pancreas"]}
+    assert text["templates"][:2] == ["A computerized tomography of {}", "A CT scan showing {}"]
+    np.testing.assert_allclose(np.linalg.norm(text["embeddings"], axis=1), 1, atol=1e-6)
+    assert "Prompt of liver: 'A computerized tomography of a pancreas' (bank, by sentence)" in caplog.text
+
+
+def test_classes_with_one_embedding_are_warned_of(raw_dataset, plan_tiny, caplog):
+    raw_dataset(labeled=2, labels={"background": 0, "postcava": 1, "IVC": 2})
+    plan_tiny(preprocess=False)
+    assert "Classes postcava and IVC have the same embedding" in caplog.text
 
 
 def test_a_prompt_that_nothing_can_embed_is_refused_with_the_ways_out(
@@ -172,6 +193,17 @@ def test_regions_and_an_ignore_label_go_through(raw_dataset, plan_tiny):
 def test_sided_classes_block_mirroring_along_left_and_right(raw_dataset, plan_tiny):
     raw_dataset(labeled=2, labels={"background": 0, "left kidney": 1, "right kidney": 2})
     assert json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]["mirroring_axes"] == [0, 1]
+
+
+def test_sides_in_any_of_several_texts_block_mirroring(raw_dataset, plan_tiny, tmp_path):
+    raw_dataset(labeled=2, labels={"background": 0, "a": 1, "b": 2})
+    for texts, axes in (
+        ({"a": ["kidney", "left kidney"], "b": ["spleen", "right kidney"]}, [0, 1]),
+        ({"a": ["left kidney", "right kidney"], "b": "spleen"}, None),
+    ):
+        (tmp_path / "prompts.json").write_text(json.dumps(texts))
+        file = plan_tiny(preprocess=False, prompts=tmp_path / "prompts.json")
+        assert json.loads(file.read_text())["lgssl"]["mirroring_axes"] == axes
 
 
 def test_two_dimensional_png_images_go_through(data_root, plan_tiny):

@@ -95,6 +95,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path, capsys):
         "seed": 4,
         "prompts": "PROMPTS",
         "text_encoder": "ENCODER",
+        "ensemble_prompts": True,
         "configurations": ["2d", "3d_lowres"],
         "gpu_memory_target": 5.5,
         "overwrite_target_spacing": [1.0, 2.0, 3.0],
@@ -110,9 +111,9 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path, capsys):
     }
     words = (
         "-d 1 Dataset002_B -pl PLANNER --labeled 3 --labeled_list LIST --protocol PROTOCOL --seed 4 --prompts PROMPTS "
-        "--text_encoder ENCODER -c 2d 3d_lowres -gpu_memory_target 5.5 -overwrite_target_spacing 1 2 3 "
-        "-overwrite_plans_name NAME -preprocessor_name PREPROCESSOR --no_verify --clean --no_pp -np 6 7 -npfp 8 "
-        "--verbose --no_pbar"
+        "--text_encoder ENCODER --ensemble_prompts -c 2d 3d_lowres -gpu_memory_target 5.5 "
+        "-overwrite_target_spacing 1 2 3 -overwrite_plans_name NAME -preprocessor_name PREPROCESSOR "
+        "--no_verify --clean --no_pp -np 6 7 -npfp 8 --verbose --no_pbar"
     )
     assert main(words.split()) == 0
     assert seen == expected

@@ -7,6 +7,7 @@ import pytest
 
 from lgssl_nnunet.errors import PromptError
 from lgssl_nnunet.text.bank import (
+    AVERAGED_BANK,
     SHIPPED_BANK,
     EmbeddingBank,
     index_structures,
@@ -14,8 +15,8 @@ from lgssl_nnunet.text.bank import (
     normalise,
     structure_names,
 )
-from lgssl_nnunet.text.build_bank import bank_sentences
-from lgssl_nnunet.text.encoders import MINILM_NAME, MINILM_SHA256
+from lgssl_nnunet.text.build_bank import bank_texts
+from lgssl_nnunet.text.encoders import MINILM_NAME, MINILM_SHA256, file_sha256
 from lgssl_nnunet.text.prompts import MODALITIES, Prompt, build_prompts
 
 BTCV = (
@@ -49,11 +50,24 @@ def tiny_bank(**changes):
     return EmbeddingBank(**{**content, **changes})
 
 
-def test_bank_loads_without_pickles_and_is_small():
-    with np.load(SHIPPED_BANK, allow_pickle=False) as content:
+@pytest.mark.parametrize("path", [SHIPPED_BANK, AVERAGED_BANK])
+def test_bank_loads_without_pickles_and_is_small(path):
+    with np.load(path, allow_pickle=False) as content:
         assert set(content.files) == {"prompts", "embeddings", "encoder", "sha256"}
         assert content["embeddings"].dtype == np.float16
-    assert SHIPPED_BANK.stat().st_size < 500 * 1024
+    assert path.stat().st_size < 500 * 1024
+
+
+def test_shipped_vectors_are_those_that_published_plans_hold():
+    assert file_sha256(SHIPPED_BANK) == "624991224044eecdf85fdf9e9b45f99a1c26dbf3dc1ec5e566e87e208615b2e1"
+
+
+def test_averaged_bank_answers_the_same_prompts_in_other_vectors_of_the_same_encoder(bank):
+    averaged = EmbeddingBank.load(AVERAGED_BANK)
+    assert (averaged.prompts, averaged.encoder, averaged.sha256) == (bank.prompts, bank.encoder, bank.sha256)
+    cosines = (averaged.embeddings * bank.embeddings).sum(axis=1)
+    assert cosines.min() > 0.75
+    assert cosines.max() < 0.99
 
 
 def test_bank_records_the_encoder_and_its_checksum(bank):
@@ -69,7 +83,7 @@ def test_embeddings_are_finite_unit_vectors(bank):
 def test_bank_holds_at_least_120_structures_in_every_modality(bank):
     structures = load_structures()
     assert len(structures) >= 120
-    assert list(bank.prompts) == bank_sentences(structures)
+    assert list(bank.prompts) == [text.sentence for text in bank_texts(structures)]
     assert len(bank.prompts) == len(structures) * len(MODALITIES)
 
 

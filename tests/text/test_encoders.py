@@ -9,19 +9,38 @@ import sys
 import numpy as np
 import pytest
 
-from lgssl_nnunet.errors import MissingDependencyError, PromptError
+from lgssl_nnunet.errors import MissingDependencyError, PromptError, UsageError
 from lgssl_nnunet.text import encoders
-from lgssl_nnunet.text.bank import EmbeddingBank
-from lgssl_nnunet.text.build_bank import bank_sentences
-from lgssl_nnunet.text.encoders import MINILM_SHA256, embed_prompts, load_encoder, missing_packages, offline
-from lgssl_nnunet.text.prompts import build_prompts
+from lgssl_nnunet.text.bank import AVERAGED_BANK, SHIPPED_BANK, EmbeddingBank, load_structures
+from lgssl_nnunet.text.build_bank import bank_texts
+from lgssl_nnunet.text.encoders import (
+    MINILM_SHA256,
+    embed_dataset,
+    embed_prompts,
+    embed_texts,
+    load_encoder,
+    mean_directions,
+    missing_packages,
+    offline,
+)
+from lgssl_nnunet.text.prompts import Prompt, build_prompts
 
 needs_minilm = pytest.mark.skipif(bool(missing_packages()), reason="the `text` extra is not installed")
 needs_transformers = pytest.mark.skipif(bool(missing_packages(["transformers"])), reason="transformers is missing")
 
 
-def prompts_of(*names, channel="CT"):
-    return build_prompts({"channel_names": {"0": channel}, "labels": {name: i for i, name in enumerate(names)}})
+def prompts_of(*names, channel="CT", overrides=None, ensemble=False):
+    labels = {name: i for i, name in enumerate(names)}
+    return build_prompts({"channel_names": {"0": channel}, "labels": labels}, overrides, ensemble=ensemble)
+
+
+def sources(found):
+    return [[text.source for text in texts] for texts in found.texts]
+
+
+def unit(*vectors):
+    mean = np.mean(vectors, axis=0)
+    return mean / np.linalg.norm(mean)
 
 
 @pytest.fixture
@@ -33,7 +52,7 @@ def test_bank_gives_unit_vectors_and_says_what_was_used(no_text_extra):
     found = embed_prompts(prompts_of("background", "liver", "postcava"))
     assert found.encoder == "bank (all-MiniLM-L6-v2)"
     assert found.prompts[2] == "A computerized tomography of an inferior vena cava"
-    assert found.sources == ["bank, by sentence", "bank, by sentence", "bank, by synonym"]
+    assert sources(found) == [["bank, by sentence"], ["bank, by sentence"], ["bank, by synonym"]]
     assert found.sha256 == MINILM_SHA256
     assert found.embeddings.shape == (3, 384)
     assert found.embeddings.dtype == np.float32
@@ -66,10 +85,112 @@ def test_no_class_at_all_is_refused():
         embed_prompts([])
 
 
-def test_classes_with_one_embedding_are_warned_of(caplog):
+def test_vectors_of_a_class_with_one_text_are_the_banks_bit_for_bit():
+    bank = EmbeddingBank.load()
+    found = embed_prompts(prompts_of("liver", "spleen"))
+    rows = [bank.prompts.index(sentence) for sentence in found.prompts]
+    np.testing.assert_array_equal(found.embeddings, bank.embeddings[rows])
+
+
+@pytest.mark.parametrize(
+    "names", [("inferior vena cava", "postcava", "IVC"), ("oesophagus", "esophagus"), ("liver tumour", "liver tumor")]
+)
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_synonyms_have_one_embedding(names, ensemble):
+    found = embed_prompts(prompts_of(*names, ensemble=ensemble))
+    assert len(set(found.prompts)) == 1
+    np.testing.assert_array_equal(found.embeddings, found.embeddings[[0] * len(names)])
+
+
+def test_several_texts_of_a_class_are_averaged_and_named(no_text_extra):
+    alone = embed_prompts(prompts_of("liver", "spleen", "pancreas"))
+    found = embed_prompts(prompts_of("liver", "pancreas", overrides={"liver": ["hepar", "lien"]}))
+    assert sources(found) == [["bank, by synonym", "bank, by synonym"], ["bank, by sentence"]]
+    assert [text.sentence for text in found.texts[0]] == alone.prompts[:2]
+    assert found.prompts == [alone.prompts[0], alone.prompts[2]]
+    np.testing.assert_allclose(found.embeddings[0], unit(*alone.embeddings[:2]), atol=1e-6)
+    np.testing.assert_array_equal(found.embeddings[1], alone.embeddings[2])
+
+
+def test_ensemble_takes_phrases_from_the_averaged_bank_and_sentences_from_the_other(no_text_extra):
+    overrides = {"spleen": "A computerized tomography of a spleen."}
+    found = embed_prompts(prompts_of("liver", "spleen", overrides=overrides, ensemble=True))
+    for row, path in enumerate((AVERAGED_BANK, SHIPPED_BANK)):
+        bank = EmbeddingBank.load(path)
+        np.testing.assert_array_equal(found.embeddings[row], bank.embeddings[bank.prompts.index(found.prompts[row])])
+    assert found.encoder == "bank (all-MiniLM-L6-v2)"
+
+
+def test_texts_of_opposite_meaning_are_refused(tmp_path):
+    path = tmp_path / "mine.npz"
+    EmbeddingBank(("liver", "spleen"), np.array([[1.0, 0], [-1, 0]]), "MyBERT", "abc").save(path)
+    with pytest.raises(PromptError, match="cancel each other: keep one of the texts"):
+        embed_prompts(prompts_of("liver", overrides={"liver": ["liver", "spleen"]}), f"file:{path}")
+
+
+def test_mean_directions_are_those_of_an_obvious_loop():
+    vectors = np.random.default_rng(0).normal(size=(6, 4))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    found = mean_directions(vectors, [3, 1, 2])
+    for row, group in enumerate((vectors[:3], vectors[3:4], vectors[4:])):
+        np.testing.assert_allclose(found[row], unit(*group), atol=1e-6)
+    np.testing.assert_array_equal(found[1], vectors[3])
+
+
+def test_encoder_averages_the_wordings_of_a_text_before_the_texts_of_a_class():
+    words = {"a": [1.0, 0, 0], "b": [0, 1.0, 0], "c": [0, 0, 1.0]}
+    encoder = encoders.TextEncoder("toy", "", words.__getitem__)
+    texts = [Prompt("x", "a", "a", rewordings=("b",)), Prompt("x", "c")]
+    np.testing.assert_allclose(embed_texts(texts, encoder), [unit(words["a"], words["b"]), words["c"]], atol=1e-6)
+
+
+def test_dataset_is_embedded_with_its_prompt_file(tmp_path):
+    path = tmp_path / "prompts.json"
+    path.write_text(json.dumps({"b": ["liver", "pancreas"]}), encoding="utf-8")
+    description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "a": 1, "b": 2}, "prompts": {"a": "lien"}}
+    prompts, found = embed_dataset(description, path, ensemble=True)
+    assert [len(prompt.texts) for prompt in prompts] == [1, 1, 2]
+    assert all(text.rewordings for prompt in prompts for text in prompt.texts)
+    assert found.prompts[1:] == ["A magnetic resonance image of the spleen", "A magnetic resonance image of the liver"]
+
+
+def test_bank_file_cannot_average_templates(tmp_path):
+    path = tmp_path / "mine.npz"
+    EmbeddingBank(("liver",), np.eye(1, 5), "MyBERT", "abc").save(path)
+    with pytest.raises(UsageError, match=r"--ensemble_prompts needs .*mine\.npz holds one vector per prompt: leave"):
+        embed_prompts(prompts_of("liver", ensemble=True), f"file:{path}")
+
+
+@pytest.mark.parametrize(("width", "sha256"), [(5, MINILM_SHA256), (384, "0" * 64)])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_bank_of_another_width_or_encoder_is_not_mixed_with_minilm(tmp_path, monkeypatch, width, sha256, ensemble):
+    path = tmp_path / "other.npz"
+    EmbeddingBank(("liver",), np.eye(1, width), "Other", sha256).save(path)
+    monkeypatch.setattr(encoders, "SHIPPED_BANK", path)
+    minilm = encoders.TextEncoder("minilm", MINILM_SHA256, lambda sentence: np.ones(384))
+    monkeypatch.setattr(encoders, "_load_minilm", lambda: minilm)
+    monkeypatch.setattr(encoders, "missing_packages", lambda: [])
+    name = "minilm_averaged.npz" if ensemble else "minilm"
+    with pytest.raises(
+        PromptError, match=rf"other\.npz \(width {width}.* of {name} \(width 384.*--text_encoder minilm"
+    ):
+        embed_prompts(prompts_of("liver", "Fnord", ensemble=ensemble))
+
+
+@needs_minilm
+def test_weights_with_a_wrong_checksum_are_refused(monkeypatch):
+    monkeypatch.setattr(encoders, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(PromptError, match=r"not all-MiniLM-L6-v2 \(SHA-256 53aa.*install the package again.*\[text\]"):
+        load_encoder("minilm")
+
+
+def test_text_longer_than_the_encoder_reads_is_warned_of(tmp_path, caplog):
+    write_tiny_clip(tmp_path / "TinyCLIP")
+    long = "The organ " + "that lies below the diaphragm " * 20 + "."
     with caplog.at_level(logging.WARNING):
-        embed_prompts(prompts_of("postcava", "IVC"))
-    assert "Classes postcava and IVC have the same embedding" in caplog.text
+        embed_prompts(prompts_of("liver", "spleen", overrides={"spleen": long}), f"local-dir:{tmp_path / 'TinyCLIP'}")
+    (record,) = [record for record in caplog.records if "reads only the beginning" in record.message]
+    assert "'The organ that lies" in record.message
 
 
 def test_bank_file_is_used_and_named(tmp_path):
@@ -116,13 +237,33 @@ def test_bank_built_again_equals_the_shipped_one():
 
 
 @needs_minilm
+def test_averaged_bank_built_again_equals_the_shipped_one():
+    bank = EmbeddingBank.load(AVERAGED_BANK)
+    texts = bank_texts(load_structures(), averaged=True)
+    rows = list(range(0, len(texts), 101))
+    again = embed_texts([texts[row] for row in rows], load_encoder("minilm"))
+    assert (again * bank.embeddings[rows]).sum(axis=1).min() > 0.99999
+
+
+@needs_minilm
+def test_minilm_averages_the_templates_of_what_the_bank_lacks():
+    prompts = prompts_of("liver", "Fnord", ensemble=True)
+    found, alone = embed_prompts(prompts), embed_prompts(prompts, "minilm")
+    assert sources(found) == [["bank, by sentence"], ["minilm"]]
+    np.testing.assert_array_equal(found.embeddings[1], alone.embeddings[1])
+    assert float(found.embeddings[0] @ alone.embeddings[0]) > 0.99999
+    one = embed_prompts(prompts_of("Fnord"), "minilm")
+    assert float(one.embeddings[0] @ alone.embeddings[1]) < 0.99
+
+
+@needs_minilm
 def test_minilm_embeds_what_the_bank_lacks_and_leaves_the_rest_to_it(caplog):
     prompts = prompts_of("background", "Fnord")
     with caplog.at_level(logging.WARNING):
         found = embed_prompts(prompts)
     assert "no prompt for class 'Fnord'" in caplog.text
     assert found.encoder == "bank and minilm (all-MiniLM-L6-v2)"
-    assert found.sources == ["bank, by sentence", "minilm"]
+    assert sources(found) == [["bank, by sentence"], ["minilm"]]
     alone = embed_prompts(prompts, "minilm")
     assert alone.encoder == "minilm (all-MiniLM-L6-v2)"
     np.testing.assert_array_equal(found.embeddings[1], alone.embeddings[1])
@@ -164,12 +305,15 @@ def test_text_model_in_a_local_folder_is_used(tmp_path):
         embed_prompts(prompts_of("liver"), f"hf:{folder}")
 
 
-def test_bank_sentences_hold_every_template():
-    assert bank_sentences({"liver": []}) == [
+def test_bank_texts_hold_every_modality_and_on_request_every_template():
+    plain, averaged = bank_texts({"liver": []}), bank_texts({"liver": []}, averaged=True)
+    assert [text.sentence for text in plain] == [
         "A computerized tomography of a liver",
         "A magnetic resonance image of the liver",
         "A medical image of the liver",
     ]
+    assert [text.sentence for text in averaged] == [text.sentence for text in plain]
+    assert [len(text.rewordings) for text in plain + averaged] == [0, 0, 0, 4, 4, 4]
 
 
 TINY_CLIP = {

@@ -5,7 +5,14 @@ import json
 import pytest
 
 from lgssl_nnunet.errors import PromptError
-from lgssl_nnunet.text.prompts import build_prompts, load_prompt_file, prompt_modality, template_sentence
+from lgssl_nnunet.text.prompts import (
+    MODALITIES,
+    build_prompts,
+    load_prompt_file,
+    prompt_modality,
+    template_sentence,
+    templates,
+)
 
 
 def dataset(channels, labels, **more):
@@ -133,6 +140,54 @@ def test_prompt_file_wins_over_dataset_json():
     assert [prompt.phrase for prompt in build_prompts(data, {"b": "pancreas"})] == ["background", "liver", "pancreas"]
 
 
+def test_list_gives_a_class_several_texts_each_by_its_own_kind():
+    block = {"liver": ["hepar", "The big organ below  the diaphragm.", "the left lobe"]}
+    background, liver = build_prompts(dataset(["CT"], {"background": 0, "liver": 1}, prompts=block))
+    assert [(text.class_name, text.phrase, text.sentence) for text in liver.texts] == [
+        ("liver", "hepar", "A computerized tomography of a hepar"),
+        ("liver", None, "The big organ below the diaphragm."),
+        ("liver", "the left lobe", "A computerized tomography of the left lobe"),
+    ]
+    assert background.texts == (background,)
+
+
+def test_list_of_one_text_is_that_text():
+    data = dataset(["CT"], {"background": 0, "liver": 1})
+    assert build_prompts(data, {"liver": ["hepar"]}) == build_prompts(data, {"liver": "hepar"})
+
+
+def test_ensemble_words_phrases_in_every_template_and_leaves_sentences_alone():
+    block = {"liver": ["liver", "the left lobe", "The big organ."]}
+    background, liver = build_prompts(dataset(["CT"], {"background": 0, "liver": 1}, prompts=block), ensemble=True)
+    assert background.rewordings[0] == "A CT scan showing the background"
+    phrase, own_article, sentence = liver.texts
+    assert (phrase.sentence, *phrase.rewordings) == (
+        "A computerized tomography of a liver",
+        "A CT scan showing the liver",
+        "CT imaging of the liver",
+        "A slice through the liver in computed tomography",
+        "The outline of the liver in a CT volume",
+    )
+    assert own_article.rewordings[1] == "CT imaging of the left lobe"
+    assert sentence.rewordings == ()
+
+
+def test_ensemble_leaves_the_first_sentence_as_it_was():
+    data = dataset(["MRI"], {"background": 0, "left atrium": 1})
+    plain, ensemble = build_prompts(data), build_prompts(data, ensemble=True)
+    assert [prompt.sentence for prompt in plain] == [prompt.sentence for prompt in ensemble]
+    assert not any(prompt.rewordings for prompt in plain)
+
+
+def test_no_template_names_another_modality():
+    words = {"CT": ("MR", "magnetic"), "MRI": ("CT", "tomography"), "other": ("CT", "MR", "magnetic", "tomography")}
+    for modality in MODALITIES:
+        assert len(set(templates(modality))) == len(templates(modality)) > 1
+        for template in templates(modality):
+            assert template.count("{}") == 1
+            assert not any(word in template for word in words[modality])
+
+
 @pytest.mark.parametrize("block", [{"lung": "left lung"}, {"ignore": "nothing"}])
 def test_prompt_for_an_unknown_class_is_refused_with_the_known_ones(block):
     data = dataset(["CT"], {"background": 0, "liver": 1, "ignore": 2})
@@ -142,7 +197,9 @@ def test_prompt_for_an_unknown_class_is_refused_with_the_known_ones(block):
         build_prompts({**data, "prompts": block})
 
 
-@pytest.mark.parametrize("value", [3, "", "  ", ".", None, ["liver"]])
+@pytest.mark.parametrize(
+    "value", [3, "", "  ", ".", None, [], ["liver", ""], ["liver", 3], [["liver"]], {"a": "liver"}]
+)
 def test_prompt_that_is_no_text_is_refused(value):
     with pytest.raises(PromptError, match="'liver'"):
         build_prompts(dataset(["CT"], {"background": 0, "liver": 1}), {"liver": value})
@@ -161,11 +218,14 @@ def test_labels_without_one_name_for_each_value_are_refused(labels):
 
 def test_prompt_file_is_read(tmp_path):
     path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({"liver": "Liver mit Umlaut ä"}), encoding="utf-8")
-    assert load_prompt_file(path) == {"liver": "Liver mit Umlaut ä"}
+    content = {"liver": "Liver mit Umlaut ä", "spleen": ["spleen", "lien"]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert load_prompt_file(path) == content
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b"{}", b'{"liver": 1}', b'{"liver": " "}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content", [None, b"{", b"[]", b"{}", b'{"liver": 1}', b'{"liver": " "}', b'{"liver": []}', b"\xff\xfe\x00"]
+)
 def test_bad_prompt_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "prompts.json"
     if content is not None:
