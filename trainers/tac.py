@@ -20,8 +20,9 @@ class TACHyperparameters:
     """Hyper-parameters of TAC (methods.md section 10).
 
     Attributes:
-        attention_weight: weight of the prototypes of the gated skips (structure) after the ramp.
-        encoder_weight: weight of the prototypes of the encoder (context) after the ramp.
+        attention_weight: weight of the prototypes of the gated skips (structure) after the ramp; published: 1, for
+            `denominator` "batch", which halves the prototypes of two samples and makes their difference count a fourth.
+        encoder_weight: weight of the prototypes of the encoder (context) after the ramp; published: 0.5, likewise.
         ramp_fraction: share of the iterations over which both weights rise; published: 0, no ramp.
         denominator: "sample" compares means over the class, averaged over samples; "batch" divides by the class's size
             in the whole batch and compares samples in pairs, as released.
@@ -31,8 +32,8 @@ class TACHyperparameters:
         stop_gradient: unlabelled prototypes follow the labelled ones, which stay; published: False.
     """
 
-    attention_weight: float = 1.0
-    encoder_weight: float = 0.5
+    attention_weight: float = 0.25
+    encoder_weight: float = 0.125
     ramp_fraction: float = 0.1
     denominator: str = "sample"
     min_voxels: float = 4.0
@@ -51,8 +52,8 @@ class TACTrainer(SemiSupervisedTrainer):
     Source: J. Chen, J. Zhang, K. Debattista, J. Han, "Semi-supervised Unpaired Medical Image Segmentation Through
     Task-affinity Consistency", IEEE Transactions on Medical Imaging 2023; methods.md section 10. The supervised loss is
     nnU-Net's, gated skips are concatenated, and there is no dropout, which would zero other channels in either half of
-    the batch. Presence of classes, means per sample, fixed labelled prototypes and the ramp deviate from the released
-    code; each has its switch.
+    the batch. Presence of classes, means per sample with weights to match, fixed labelled prototypes and the ramp
+    deviate from the released code; each has its switch.
     """
 
     hyperparameters = TACHyperparameters()
