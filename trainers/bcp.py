@@ -57,10 +57,13 @@ class BCPTrainer(SemiSupervisedTrainer):
         """Return the loss on labelled and on pseudo-labelled voxels, each the mean of both directions of pasting."""
         regions = self.label_manager.has_regions
         image, label, trusted = labeled.image, self.one_hot(labeled.target), self.annotated(labeled.target)
-        # In every second row the other patch is pasted outside of the box, else inside.
-        outwards = (torch.arange(len(image), device=image.device) + self.iteration) % 2 == 1
+        first_stage = self.iteration < self.hp.pretraining_fraction * self.num_iterations
+        # In every second row the other patch is pasted outside of the box, else inside. In the first stage the rows
+        # swap their boxes: with both directions two patches would give the same mixture twice.
+        turns = (torch.arange(len(image), device=image.device) + self.iteration) % 2 == 1
+        outwards = torch.zeros_like(turns) if first_stage else turns
         pasted = fixed_boxes(image, self.hp.box) ^ outwards.view(-1, *[1] * (image.ndim - 1))
-        if self.iteration < self.hp.pretraining_fraction * self.num_iterations:
+        if first_stage:
             other, other_label, other_trusted = (x.roll(1, dims=0) for x in (image, label, trusted))
             known, pseudo = torch.where(pasted, other_trusted, trusted), torch.zeros_like(trusted)
         else:

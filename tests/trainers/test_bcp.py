@@ -121,6 +121,26 @@ def test_the_first_stage_mixes_labelled_patches_alone(with_settings, next_batche
     assert from_labeled.all()
 
 
+def test_the_first_stage_without_a_box_is_the_baseline(with_settings, next_batches, values_of, seen):
+    trainer = with_settings("BCPTrainer", pretraining_fraction=1.0, box=0.0)
+    labeled, unlabeled = next_batches(trainer)
+    images = seen(trainer)
+    for trainer.iteration in (0, 1):
+        values_of(trainer, (labeled, unlabeled))
+    assert [torch.equal(image, labeled.image) for image in images] == [True, True]
+
+
+def test_the_first_stage_shows_every_patch_from_inside_and_outside(with_settings, next_batches, values_of, seen):
+    trainer = with_settings("BCPTrainer", pretraining_fraction=1.0)
+    labeled, unlabeled = next_batches(trainer)
+    images = seen(trainer)
+    for trainer.iteration in (0, 1):
+        values_of(trainer, (labeled, unlabeled))
+    for mixture in images:
+        own = (mixture == labeled.image).all(dim=1)
+        assert (own.flatten(1).sum(1) > own[0].numel() / 2).all()  # a box of two thirds holds 30 % of the voxels
+
+
 def test_the_first_stage_ends_after_its_share_of_the_iterations(with_settings, next_batches, values_of):
     trainer = with_settings("BCPTrainer", pretraining_fraction=0.5)
     batches = next_batches(trainer)
