@@ -42,8 +42,7 @@ def read_volume(path: Path) -> sitk.Image:
         DatasetError: the file is cut off or unreadable, or holds more than one volume.
     """
     try:
-        require_whole_gzip(path)
-        require_whole_nifti(path)
+        require_whole(path)
         image = sitk.ReadImage(str(path))
     except (OSError, EOFError, RuntimeError) as error:
         raise DatasetError(f"{path}: cannot be read ({last_line(error)}); download or copy it again.") from None
@@ -55,8 +54,12 @@ def read_volume(path: Path) -> sitk.Image:
     return image
 
 
-def require_whole_gzip(path: Path) -> None:
-    """Raise EOFError or OSError if a compressed file is cut off or damaged; ITK would fill the rest with zeros."""
+def require_whole(path: Path) -> None:
+    """Raise OSError, EOFError or zlib.error if a file is cut off, or damaged where its compression has a checksum.
+
+    A compressed file is unpacked for its checksum, once more than by its reader: for files whose every byte counts.
+    """
+    require_whole_nifti(path)
     if path.suffix != ".gz":
         return
     with gzip.open(path) as stream:

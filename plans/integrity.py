@@ -16,7 +16,7 @@ import numpy as np
 
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.twins import ImagePrint, Twins, find_twins, print_of, report
-from lgssl_nnunet.dataset_conversion.volumes import count_not_finite, last_line, require_whole_gzip, require_whole_nifti
+from lgssl_nnunet.dataset_conversion.volumes import count_not_finite, last_line, require_whole
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import Case, RawDataset, find_reader, held_out_cases
@@ -255,8 +255,7 @@ def _read(
     path: Path, reader: type, problems: list[Problem], is_label: bool = False
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     try:
-        require_whole_gzip(path)
-        require_whole_nifti(path)
+        require_whole(path)
         return reader().read_seg(str(path)) if is_label else reader().read_images((str(path),))
     except Exception as error:
         problems.append(Problem(_shown(path), f"cannot be read ({last_line(error)})", "copy or export it again"))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
+from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def load_pretrained(network: nn.Module, file: Path | str) -> int:
     Raises:
         CheckpointError: the file is no checkpoint, or none of its convolutions fits an encoder of the network.
     """
-    source = _read_weights(Path(file))
+    source = read_checkpoint(Path(file), "network_weights")["network_weights"]
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
     # Buffers stay: prompt embeddings belong to the plans of this training.
     own = {
@@ -71,18 +72,6 @@ def _roots(names: Iterable[str]) -> list[str]:
     """Return what stands before `encoder.` in the names: nothing for one network, a prefix each for several."""
     first_parts = {name.split("encoder.")[0] for name in names if "encoder." in name}
     return sorted(part for part in first_parts if "decoder." not in part)
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        # nnU-Net's checkpoints hold numpy objects, which torch's restricted reader refuses.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or no checkpoint of nnU-Net.") from error
-    weights = checkpoint.get("network_weights") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict):
-        raise CheckpointError(f"{file} has no network_weights; give a checkpoint of nnU-Net (checkpoint_final.pth).")
-    return weights
 
 
 def _number_of_tensors(own: dict[str, Tensor], names: set[str]) -> int:

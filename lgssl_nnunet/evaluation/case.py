@@ -17,7 +17,7 @@ from nnunetv2.evaluation.evaluate_predictions import (
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from lgssl_nnunet.dataset_conversion.volumes import last_line, require_whole_gzip, require_whole_nifti
+from lgssl_nnunet.dataset_conversion.volumes import last_line, require_whole
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.evaluation.lesions import count_lesions
 from lgssl_nnunet.evaluation.metrics import ClassResult, class_result, with_lesions, with_surfaces
@@ -143,8 +143,7 @@ class _CheckedReader:
     def read_seg(self, file: str) -> tuple[np.ndarray, dict]:
         """Return a segmentation (1, X, Y, Z) and its properties."""
         try:
-            require_whole_nifti(Path(file))
-            require_whole_gzip(Path(file))  # its checksum: a changed byte would be scored as it is
+            require_whole(Path(file))
             segmentation, properties = self.reader.read_seg(file)
         except Exception as error:
             raise DatasetError(f"{file} cannot be read ({last_line(error)}); write it again or remove it") from error

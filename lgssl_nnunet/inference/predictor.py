@@ -27,6 +27,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import CheckpointError, DatasetError, UsageError
 from lgssl_nnunet.inference.cases import require_finite
@@ -112,7 +113,11 @@ class LGSSLPredictor(nnUNetPredictor):
         folder = Path(folder)
         dataset_json = read_model_json(folder, "dataset.json")
         plans_manager = PlansManager(read_model_json(folder, "plans.json"))
-        checkpoints = [_read_checkpoint(folder / f"fold_{fold}" / checkpoint_name) for fold in folds]
+        files = [folder / f"fold_{fold}" / checkpoint_name for fold in folds]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{missing[0]} is missing; choose folds with -f or a checkpoint with -chk.")
+        checkpoints = [read_checkpoint(file, "trainer_name", "init_args", "network_weights") for file in files]
         trainer_name = checkpoints[0]["trainer_name"]
         configuration_manager = _configuration(plans_manager, checkpoints[0]["init_args"]["configuration"], folder)
         network = find_trainer(trainer_name).build_network_architecture(
@@ -123,8 +128,8 @@ class LGSSLPredictor(nnUNetPredictor):
             enable_deep_supervision=False,
         )
         parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
-        for fold, weights in zip(folds, parameters, strict=True):
-            _load_weights(network, weights, folder / f"fold_{fold}" / checkpoint_name)
+        for file, weights in zip(files, parameters, strict=True):
+            _load_weights(network, weights, file)
         self.manual_initialization(
             network,
             plans_manager,
@@ -275,21 +280,6 @@ def check_precision(precision: str, device: torch.device) -> None:
             f"--precision bf16: {device} has no bfloat16 arithmetic (emulated it is many times slower than fp32); "
             "use --precision stock or fp32."
         )
-
-
-def _read_checkpoint(file: Path) -> dict[str, Any]:
-    """Return a checkpoint with the four entries that prediction needs."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; choose folds with -f or a checkpoint with -chk.")
-    try:
-        # nnU-Net's checkpoints hold numpy objects, which torch's restricted reader refuses.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=False)
-        missing = [key for key in ("trainer_name", "init_args", "network_weights") if key not in checkpoint]
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); it is damaged or no checkpoint of nnU-Net.") from error
-    if missing:
-        raise CheckpointError(f"{file} has no {' and no '.join(missing)}; it is no checkpoint of nnU-Net.")
-    return checkpoint
 
 
 def _load_weights(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:

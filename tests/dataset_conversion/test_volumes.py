@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from lgssl_nnunet.dataset_conversion.volumes import last_line, read_h5, require_whole_nifti
+from lgssl_nnunet.dataset_conversion.volumes import last_line, read_h5, require_whole, require_whole_nifti
 from lgssl_nnunet.errors import MissingDependencyError
 
 LENGTH = 352 + 20**3
@@ -83,3 +83,13 @@ def test_without_h5py_the_extra_is_named_as_the_readme_installs_it(tmp_path, mon
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingDependencyError, match=r'pip install -c constraints.txt -e "\.\[h5\]"'):
         read_h5(tmp_path / "a.h5")
+
+
+def test_a_changed_byte_is_found_by_the_checksum(whole, tmp_path):
+    content = bytearray(whole("a.nii.gz"))
+    content[-5] ^= 1  # in the checksum: the voxels unpack, and the length is right
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(content)
+    require_whole_nifti(file)
+    with pytest.raises(OSError, match="CRC check failed"):
+        require_whole(file)

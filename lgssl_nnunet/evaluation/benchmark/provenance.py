@@ -48,9 +48,9 @@ def training_seconds(checkpoint: Path) -> float | None:
     Args:
         checkpoint: file written by nnU-Net or by this package.
     """
-    import torch
+    from lgssl_nnunet.engine.checkpoints import read_checkpoint
 
-    log = torch.load(checkpoint, map_location="cpu", weights_only=False).get("logging", {})
+    log = read_checkpoint(checkpoint).get("logging", {})
     starts, ends = log.get("epoch_start_timestamps", []), log.get("epoch_end_timestamps", [])
     if not starts or len(starts) != len(ends):
         return None
