@@ -285,8 +285,13 @@ def _derive_plans(
         training["seed"] = seed
         tags.append(f"s{seed}")
     changed = _changed_hyperparameters(trainer_class, training, hyperparameters or {})
+    text = settings.get("text")
     if changed:
         training["hyperparameters"] = {**training.get("hyperparameters", {}), **changed}
+        if "text_encoder" in changed:
+            from lgssl_nnunet.plans.text import embed_again
+
+            text = embed_again(text, changed["text_encoder"])
         tags += [f"{name}-{value}" for name, value in sorted(changed.items())]
     if not tags:
         return plans
@@ -295,7 +300,7 @@ def _derive_plans(
     # nnU-Net separates trainer, plans and configuration in folder names by a double underscore.
     tag = re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9.+_-]", "-", "_".join(tags)))
     derived = {**plans, "plans_name": f"{plans['plans_name']}_{tag}"}
-    derived["lgssl"] = {**settings, "schedule": schedule, "training": training}
+    derived["lgssl"] = {**settings, "schedule": schedule, "training": training, "text": text}
     return derived
 
 

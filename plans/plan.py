@@ -268,6 +268,7 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
 
 def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:
     from lgssl_nnunet.plans.sidedness import mirroring_axes
+    from lgssl_nnunet.plans.text import text_block
 
     texts = itertools.zip_longest(*([text.sentence for text in prompt.texts] for prompt in job.prompts), fillvalue="")
     axes = mirroring_axes(
@@ -286,30 +287,10 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         },
         "draw_seed": job.budget.seed,
         "schedule": dict(planner_class.schedule),
-        "text": _text_block(job),
+        "text": text_block(job.prompts, job.embeddings),
         "mirroring_axes": axes,
     }
     return block if job.published is None else block | {"protocol": job.published.protocol.name}
-
-
-def _text_block(job: PlanningJob) -> dict[str, Any]:
-    """Return encoder, prompts and vectors; what was averaged is said only where something was."""
-    from lgssl_nnunet.text.prompts import templates
-
-    block = {
-        "encoder": job.embeddings.encoder,
-        "prompts": job.embeddings.prompts,
-        "embeddings": [[float(value) for value in row] for row in job.embeddings.embeddings],
-        "sha256": job.embeddings.sha256,
-    }
-    if any(text.rewordings for prompt in job.prompts for text in prompt.texts):
-        block["templates"] = list(templates(job.prompts[0].modality))
-    several = {
-        prompt.class_name: [text.sentence for text in texts]
-        for prompt, texts in zip(job.prompts, job.embeddings.texts, strict=True)
-        if len(texts) > 1
-    }
-    return block | {"several_texts": several} if several else block
 
 
 def _preprocess(job: PlanningJob, plans: dict[str, Any], options: PlanningOptions) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
 from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill
-from lgssl_nnunet.networks.language_guided import PREDICTIONS, PROMPT_MODES, build_language_guided_unet
+from lgssl_nnunet.losses.language import alignment, class_map_loss
+from lgssl_nnunet.networks.language_guided import PREDICTIONS, PROMPT_MODES, Language, build_language_guided_unet
 from lgssl_nnunet.text.adapter import PROMPT_SOURCES
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
@@ -22,8 +23,12 @@ class LGSSLHyperparameters:
 
     Attributes:
         prompt_mode: "attention" (any patch size), "fixed_volume" (the published token volume) or "none" (no TVSF).
-        prompt_source: "text", or the controls "random" (vectors without meaning) and "shuffled" (wrong class names;
-            with "attention" the prompts are a set, so there it changes little but the first random numbers).
+        prompt_source: "text", or a control: frozen "random" vectors, "learned" ones of the same size, or "shuffled"
+            class names, which "attention" hardly notices without the weights below: its prompts are a set.
+        text_encoder: encoder of the prompts, as for planning, in place of the planned one.
+        tvsf_stages: at how many of the deepest stages text is fused in; 1, the bottleneck, is published.
+        class_map_weight: weight of a cross-entropy between labels and the attention of positions to prompts; ours.
+        alignment_weight: weight of the distance between a class's mean image feature and its prompt feature; ours.
         residual_gate: add the fused feature to the image feature, times a learnable gate; False is published.
         gate_start: value of that gate at the start.
         affine_norm: learnable scale and shift in TVSF's normalisations; False is the published form.
@@ -33,13 +38,18 @@ class LGSSLHyperparameters:
         agreement: form of the agreement term, "squared" (of probabilities) or "distill" (of logits, temperature 2).
         detach_labeled: the difference term leaves the labelled predictions alone; False as drawn in the figure.
         consistency_weight: weight of both consistency terms after the ramp.
-        difference_weight: weight of the labelled-minus-unlabelled term relative to the agreement term.
+        agreement_weight: weight of the agreement term within it.
+        difference_weight: weight of the labelled-minus-unlabelled term within it.
         ramp_fraction: share of the iterations over which the consistency weight rises.
         prediction: decoder that predicts, "first" as published, or "mean" of both decoders' logits.
     """
 
     prompt_mode: str = "attention"
     prompt_source: str = "text"
+    text_encoder: str = "planned"
+    tvsf_stages: int = 1
+    class_map_weight: float = 0.0
+    alignment_weight: float = 0.0
     residual_gate: bool = True
     gate_start: float = 1.0
     affine_norm: bool = True
@@ -49,6 +59,7 @@ class LGSSLHyperparameters:
     agreement: str = "squared"
     detach_labeled: bool = True
     consistency_weight: float = 1.0
+    agreement_weight: float = 1.0
     difference_weight: float = 1.0
     ramp_fraction: float = 0.4
     prediction: str = "first"
@@ -56,8 +67,11 @@ class LGSSLHyperparameters:
     def __post_init__(self) -> None:
         check_choices(self, prompt_mode=PROMPT_MODES, prompt_source=PROMPT_SOURCES, agreement=("squared", "distill"))
         check_choices(self, prediction=PREDICTIONS)
-        check_ranges(self, dropout=(0, 0.99), consistency_weight=(0, None), difference_weight=(0, None))
-        check_ranges(self, ramp_fraction=(0, 1))
+        check_ranges(self, tvsf_stages=(1, None), class_map_weight=(0, None), alignment_weight=(0, None))
+        check_ranges(self, dropout=(0, 0.99), ramp_fraction=(0, 1))
+        check_ranges(self, consistency_weight=(0, None), agreement_weight=(0, None), difference_weight=(0, None))
+        if self.prompt_mode != "attention" and (self.class_map_weight or self.alignment_weight):
+            raise ValueError("class_map_weight and alignment_weight need prompt_mode=attention")
 
 
 class LGSSLTrainer(SemiSupervisedTrainer):
@@ -96,12 +110,13 @@ class LGSSLTrainer(SemiSupervisedTrainer):
             faithful_decoder=hp.faithful_decoder,
             dropout=hp.dropout,
             prediction=hp.prediction,
+            tvsf_stages=hp.tvsf_stages,
         )
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
-        """Return supervised loss of both decoders and the hybrid consistency (methods.md 2.6)."""
+        """Return supervised loss of both decoders, the hybrid consistency (methods.md 2.6) and ties to words (2.8)."""
         n = len(labeled.image)
-        first, second = self.network(torch.cat([labeled.image, unlabeled.strong]), labeled_rows=n)
+        first, second, language = self.network(torch.cat([labeled.image, unlabeled.strong]), labeled_rows=n)
         supervised = sum(
             0.5 * self.supervised_loss(rows(outputs, slice(n)), labeled.target) for outputs in (first, second)
         )
@@ -112,9 +127,22 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         differ = difference_agreement(p1, q1, p2, q2, detach_labeled=self.hp.detach_labeled)
         return {
             "supervised": Term(supervised),
-            "agreement": Term(agree, weight, uses_unlabeled=True),
+            "agreement": Term(agree, weight * self.hp.agreement_weight, uses_unlabeled=True),
             "difference": Term(differ, weight * self.hp.difference_weight, uses_unlabeled=True),
+            **self._language_terms(language, labeled),
         }
+
+    def _language_terms(self, language: Language | None, labeled: LabeledBatch) -> dict[str, Term]:
+        """Return the terms that tie image positions to words, where they have a weight."""
+        n, terms, labels = len(labeled.image), {}, self.one_hot(labeled.target)
+        if self.hp.class_map_weight:
+            known, exclusive = self.annotated(labeled.target), not self.label_manager.has_regions
+            maps = class_map_loss([logits[:n] for logits in language.class_logits], labels, known, exclusive)
+            terms["class map"] = Term(maps, self.hp.class_map_weight)
+        if self.hp.alignment_weight:
+            distance = alignment(language.image_feature[:n], language.prompt_feature, labels)
+            terms["alignment"] = Term(distance, self.hp.alignment_weight)
+        return terms
 
     def _split(self, outputs: Tensor | list[Tensor], num_labeled: int) -> tuple[Tensor, Tensor]:
         p = self.probabilities(outputs)

@@ -1,9 +1,10 @@
-"""The language-guided U-Net: the plans' encoder, two decoders, and text prompts fused in at the bottleneck."""
+"""The language-guided U-Net: the plans' encoder, two decoders, and text prompts fused in at the deepest stages."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -13,7 +14,7 @@ from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.networks.decoders import MultiDecoderUNet, interpolating_twin
 from lgssl_nnunet.networks.tvsf import TextVisionSelectionFusion
 from lgssl_nnunet.networks.unet import Logits, planned_unet
-from lgssl_nnunet.text.adapter import AttentionPrompts, FixedVolumePrompts, prompt_embeddings
+from lgssl_nnunet.text.adapter import AttentionPrompts, FixedVolumePrompts, learnable_std, prompt_embeddings
 
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -22,8 +23,32 @@ PROMPT_MODES = ("fixed_volume", "attention", "none")
 PREDICTIONS = ("first", "mean")
 
 
+class Language(NamedTuple):
+    """What a training step may tie to the words.
+
+    Attributes:
+        image_feature: bottleneck feature of the image before the fusion, `(B, D, X, Y, Z)` (or 2D).
+        prompt_feature: F^p, `(C, D)`; `(C, N)` for the fixed volume.
+        class_logits: logits `(B, C, *S_k)` of the class map of each stage with TVSF, the bottleneck first; none for the
+            fixed volume.
+    """
+
+    image_feature: torch.Tensor
+    prompt_feature: torch.Tensor
+    class_logits: list[torch.Tensor]
+
+
+class GuidedStage(nn.Module):
+    """Prompts and their fusion at one stage of the encoder."""
+
+    def __init__(self, prompts: FixedVolumePrompts | AttentionPrompts, fusion: TextVisionSelectionFusion) -> None:
+        super().__init__()
+        self.prompts = prompts
+        self.fusion = fusion
+
+
 class LanguageGuidedUNet(MultiDecoderUNet):
-    """One encoder, two decoders that upsample differently, and optionally prompts fused in at the bottleneck.
+    """One encoder, two decoders that upsample differently, and optionally prompts fused in at the deepest stages.
 
     Encoder and first decoder are those of the plans' network and keep their keys (`encoder.*`, `decoder.*`), so a stock
     checkpoint's weights fit them. Called with an image alone, it predicts.
@@ -31,8 +56,7 @@ class LanguageGuidedUNet(MultiDecoderUNet):
     Args:
         network: a network built from the plans, with `.encoder` and `.decoder`; its modules are taken over.
         second_decoder: reads the same skips, see `interpolating_twin`.
-        prompts: makes the prompt volume, `forward(v, labeled_rows) -> tau`; None: no text.
-        fusion: fuses it in; given if and only if `prompts` is.
+        stages: prompts and fusion of the bottleneck, then of the stages above it; none: no text.
         dropout: rate of channel dropout on the fused bottleneck, drawn for each decoder by itself, in training only.
         prediction: "first" predicts with the first decoder alone, "mean" with the mean of both decoders' logits.
 
@@ -43,19 +67,20 @@ class LanguageGuidedUNet(MultiDecoderUNet):
         self,
         network: nn.Module,
         second_decoder: UNetDecoder,
-        prompts: FixedVolumePrompts | AttentionPrompts | None = None,
-        fusion: TextVisionSelectionFusion | None = None,
+        stages: Sequence[GuidedStage] = (),
         dropout: float = 0.0,
         prediction: str = "first",
     ) -> None:
         super().__init__(network, [second_decoder], dropout)
-        if (prompts is None) != (fusion is None):
-            raise ValueError("prompts and fusion belong together: give both or neither.")
-        self.prompts = prompts
-        self.fusion = fusion
+        # The bottleneck's have keys of their own, as in checkpoints from before there were further stages.
+        self.prompts = stages[0].prompts if stages else None
+        self.fusion = stages[0].fusion if stages else None
+        self.further_stages = nn.ModuleList(stages[1:])
         self.prediction = prediction
 
-    def forward(self, x: torch.Tensor, labeled_rows: int | None = None) -> Logits | tuple[Logits, Logits]:
+    def forward(
+        self, x: torch.Tensor, labeled_rows: int | None = None
+    ) -> Logits | tuple[Logits, Logits, Language | None]:
         """Predict, or run both decoders for a training step.
 
         Args:
@@ -64,19 +89,32 @@ class LanguageGuidedUNet(MultiDecoderUNet):
                 prediction.
 
         Returns:
-            Without `labeled_rows` the predicted logits `(B, C, X, Y, Z)`, with it those of both decoders as a pair.
-            With deep supervision on, lists of logits instead, full resolution first.
+            Without `labeled_rows` the predicted logits `(B, C, X, Y, Z)`. With it those of the first decoder, those of
+            the second, and what can be tied to the words, None without prompts. With deep supervision on, lists of
+            logits instead, full resolution first.
         """
-        skips = self.encoder(x)
-        if self.fusion is not None:
-            fused, _ = self.fusion(skips[-1], self.prompts(skips[-1], labeled_rows))
-            skips = [*skips[:-1], fused]
+        skips, language = self._guide(self.encoder(x), labeled_rows)
         first = self.decoder(self.perturb(skips))
         if labeled_rows is None and self.prediction == "first":
             return first
         (second_decoder,) = self.further_decoders
         second = second_decoder(self.perturb(skips))
-        return _mean(first, second) if labeled_rows is None else (first, second)
+        return _mean(first, second) if labeled_rows is None else (first, second, language)
+
+    def _guide(self, skips: list[torch.Tensor], labeled_rows: int | None) -> tuple[list[torch.Tensor], Language | None]:
+        """Fuse the prompts into the deepest features, each by itself."""
+        if self.prompts is None:
+            return skips, None
+        guided, class_logits = list(skips), []
+        for depth, (prompts, fusion) in enumerate(self._stages(), start=1):
+            tau, logits = prompts.attend(skips[-depth], labeled_rows)
+            guided[-depth], _ = fusion(skips[-depth], tau)
+            if logits is not None:
+                class_logits.append(logits)
+        return guided, Language(skips[-1], self.prompts.prompt_feature(), class_logits)
+
+    def _stages(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.prompts, self.fusion), *((stage.prompts, stage.fusion) for stage in self.further_stages)]
 
     @torch.no_grad()
     def selection(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,6 +150,7 @@ def build_language_guided_unet(
     dropout: float = 0.0,
     faithful_decoder: bool = False,
     prediction: str = "first",
+    tvsf_stages: int = 1,
 ) -> LanguageGuidedUNet:
     """Build a `LanguageGuidedUNet` from plans; needs no text encoder, the embeddings are in the plans.
 
@@ -124,17 +163,19 @@ def build_language_guided_unet(
         num_output_channels: output channels C (classes with background, or regions).
         enable_deep_supervision: whether both decoders return lists of logits.
         prompt_mode: "fixed_volume" (published: tied to patch positions), "attention" (any patch size) or "none".
-        prompt_source: "text", or the controls "random" and "shuffled", drawn under the plans' training seed.
+        prompt_source: "text", or the controls "random" and "shuffled", drawn under the plans' training seed, and
+            "learned" (no embedding, a learnable vector of its size).
         stop_gradient: unlabelled rows do not train the prompt feature.
         gate_start: first value of gamma in `v + gamma * (m * s)`; None for the published `m * s`.
         affine_norm: learnable scale and shift in the fusion's normalisation (published: none).
         dropout: rate on the fused bottleneck, per decoder (published: 0.5).
         faithful_decoder: the published upsampling in the second decoder.
         prediction: "first" (published: the first decoder alone) or "mean" of both.
+        tvsf_stages: at how many of the deepest stages prompts are fused in (published: 1, the bottleneck).
 
     Raises:
         PlansError: the plans lack embeddings for the output channels, or their architecture is no U-Net.
-        UsageError: unknown prompt_mode or prompt_source.
+        UsageError: unknown prompt_mode or prompt_source, or more stages than the network has.
     """
     if prompt_mode not in PROMPT_MODES:
         raise UsageError(f"prompt_mode {prompt_mode!r} is unknown; choose one of {', '.join(PROMPT_MODES)}.")
@@ -142,15 +183,22 @@ def build_language_guided_unet(
     second_decoder = interpolating_twin(network, faithful=faithful_decoder)
     if prompt_mode == "none":
         return LanguageGuidedUNet(network, second_decoder, dropout=dropout, prediction=prediction)
+    output_channels = network.encoder.output_channels
+    if not 1 <= tvsf_stages <= len(output_channels):
+        raise UsageError(f"tvsf_stages={tvsf_stages}: the planned network has {len(output_channels)} stages.")
     seed = plans_manager.plans.get("lgssl", {}).get("training", {}).get("seed", 0)
     embeddings = prompt_embeddings(prompt_source, _planned_embeddings(plans_manager, num_output_channels), seed)
-    channels, shape = network.encoder.output_channels[-1], bottleneck_shape(configuration_manager)
-    if prompt_mode == "fixed_volume":
-        prompts = FixedVolumePrompts(embeddings, channels, shape, stop_gradient=stop_gradient)
-    else:
-        prompts = AttentionPrompts(embeddings, channels, len(shape), stop_gradient=stop_gradient)
-    fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, gate_start=gate_start)
-    return LanguageGuidedUNet(network, second_decoder, prompts, fusion, dropout, prediction)
+    options = {"stop_gradient": stop_gradient, "std": learnable_std(prompt_source)}
+    stages = []
+    for depth in range(1, tvsf_stages + 1):
+        channels, shape = output_channels[-depth], feature_shape(configuration_manager, depth)
+        if prompt_mode == "fixed_volume":
+            prompts = FixedVolumePrompts(embeddings, channels, shape, **options)
+        else:
+            prompts = AttentionPrompts(embeddings, channels, len(shape), **options)
+        fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, gate_start=gate_start)
+        stages.append(GuidedStage(prompts, fusion))
+    return LanguageGuidedUNet(network, second_decoder, stages, dropout, prediction)
 
 
 def _mean(first: Logits, second: Logits) -> Logits:
@@ -160,14 +208,18 @@ def _mean(first: Logits, second: Logits) -> Logits:
     return [_mean(*pair) for pair in zip(first, second, strict=True)]
 
 
-def bottleneck_shape(configuration_manager: ConfigurationManager) -> tuple[int, ...]:
-    """Compute the bottleneck's spatial shape: the patch divided by the product of the strides per axis.
+def feature_shape(configuration_manager: ConfigurationManager, depth: int = 1) -> tuple[int, ...]:
+    """Compute a stage's spatial shape: the patch divided by the product of the strides per axis down to there.
+
+    Args:
+        configuration_manager: the configuration's patch and strides.
+        depth: which stage, counted from the bottleneck (1).
 
     Raises:
         PlansError: the patch is not a multiple of it.
     """
-    patch = configuration_manager.patch_size
-    total = [math.prod(strides) for strides in zip(*configuration_manager.pool_op_kernel_sizes, strict=True)]
+    patch, strides = configuration_manager.patch_size, configuration_manager.pool_op_kernel_sizes
+    total = [math.prod(axis) for axis in zip(*strides[: len(strides) + 1 - depth], strict=True)]
     if any(size % stride for size, stride in zip(patch, total, strict=True)):
         raise PlansError(
             f"The plans' patch size {list(patch)} must be a multiple of the network's total stride {total}."

@@ -11,7 +11,7 @@ from torch import nn
 
 from lgssl_nnunet.errors import PromptError, UsageError
 
-PROMPT_SOURCES = ("text", "random", "shuffled")
+PROMPT_SOURCES = ("text", "random", "shuffled", "learned")
 LEARNABLE_STD = 0.01
 LEAKY_SLOPE = 1e-2
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
@@ -24,13 +24,13 @@ def prompt_embeddings(source: str, embeddings: torch.Tensor | Sequence[Sequence[
     addition (standard deviation 0.01 per entry) was published for entries of that order.
 
     Args:
-        source: "text" (as planned), "random" (Gaussian directions, the same length per row) or "shuffled" (every class
-            gets another class's embedding).
+        source: "text" (as planned), "random" (Gaussian directions, the same length per row), "shuffled" (every class
+            gets another class's embedding) or "learned" (nothing: rows of zeros, see `learnable_std`).
         embeddings: `(C, T)`, one row per output channel.
         seed: draw of the controls; the same seed gives the same rows on every machine.
 
     Returns:
-        `(C, T)` float32, rows of length sqrt(T).
+        `(C, T)` float32, rows of length sqrt(T), or of zeros for "learned".
 
     Raises:
         UsageError: unknown source, or shuffling a single class.
@@ -43,12 +43,19 @@ def prompt_embeddings(source: str, embeddings: torch.Tensor | Sequence[Sequence[
     table = torch.as_tensor(embeddings, dtype=torch.float32)
     if table.ndim != 2 or not torch.isfinite(table).all() or (table.norm(dim=1) == 0).any():
         raise PromptError("The prompt embeddings must be one finite, non-zero vector per output channel; plan again.")
+    if source == "learned":
+        return torch.zeros_like(table)
     generator = torch.Generator().manual_seed(seed)
     if source == "random":
         table = torch.randn(table.shape, generator=generator)
     elif source == "shuffled":
         table = table[_derangement(len(table), generator)]
     return table / table.norm(dim=1, keepdim=True) * math.sqrt(table.shape[1])
+
+
+def learnable_std(source: str) -> float:
+    """Return how large the learnable addition starts: small beside an embedding, of an embedding's size without one."""
+    return 1.0 if source == "learned" else LEARNABLE_STD
 
 
 def _derangement(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -91,11 +98,11 @@ class _Prompts(nn.Module):
 
     embeddings: torch.Tensor
 
-    def __init__(self, embeddings: torch.Tensor, features: int, stop_gradient: bool) -> None:
+    def __init__(self, embeddings: torch.Tensor, features: int, stop_gradient: bool, std: float) -> None:
         super().__init__()
         self.stop_gradient = stop_gradient
         self.register_buffer("embeddings", embeddings.detach().clone())
-        self.learnable = nn.Parameter(LEARNABLE_STD * torch.randn(embeddings.shape))
+        self.learnable = nn.Parameter(std * torch.randn(embeddings.shape))
         self.project = nn.Linear(embeddings.shape[1], features, bias=False)
 
     def prompt_feature(self) -> torch.Tensor:
@@ -105,6 +112,30 @@ class _Prompts(nn.Module):
     def feature_rows(self, batch: int, labeled_rows: int | None) -> torch.Tensor:
         """Repeat the prompt feature over the batch, with the stop-gradient on unlabelled rows."""
         return _stop_gradient_rows(self.prompt_feature(), batch, labeled_rows if self.stop_gradient else None)
+
+    def forward(self, v: torch.Tensor, labeled_rows: int | None = None) -> torch.Tensor:
+        """Make the prompt volume.
+
+        Args:
+            v: image feature `(B, D, X, Y, Z)` (or 2D).
+            labeled_rows: number of labelled rows, which come first; None: no stop-gradient.
+
+        Returns:
+            tau, the shape of `v`.
+        """
+        return self.attend(v, labeled_rows)[0]
+
+    def attend(self, v: torch.Tensor, labeled_rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the prompt volume, and what it says about the classes of each position, if anything.
+
+        Args:
+            v: image feature `(B, D, X, Y, Z)` (or 2D).
+            labeled_rows: as in `forward`.
+
+        Returns:
+            tau, the shape of `v`, and the class map's logits `(B, C, X, Y, Z)` or None.
+        """
+        raise NotImplementedError
 
 
 class FixedVolumePrompts(_Prompts):
@@ -118,6 +149,7 @@ class FixedVolumePrompts(_Prompts):
         channels: width D of the bottleneck.
         bottleneck_shape: spatial shape of the bottleneck for the training patch, N voxels in all.
         stop_gradient: unlabelled rows do not train P and W (M1 learns from all rows).
+        std: standard deviation of P at the start (published: 0.01).
 
     Source: LG-SSL (2025), prompt adapter; released code (2024); methods.md 2.4, 2.5 (M1), 2.7 #2, #22.
     """
@@ -129,28 +161,21 @@ class FixedVolumePrompts(_Prompts):
         bottleneck_shape: Sequence[int],
         *,
         stop_gradient: bool = True,
+        std: float = LEARNABLE_STD,
     ) -> None:
-        super().__init__(embeddings, math.prod(bottleneck_shape), stop_gradient)
+        super().__init__(embeddings, math.prod(bottleneck_shape), stop_gradient, std)
         self.bottleneck_shape = tuple(int(size) for size in bottleneck_shape)
         self.tokens = nn.Sequential(
             nn.Linear(embeddings.shape[0], channels), nn.LayerNorm(channels), nn.LeakyReLU(LEAKY_SLOPE)
         )
 
-    def forward(self, v: torch.Tensor, labeled_rows: int | None = None) -> torch.Tensor:
-        """Make the prompt volume.
-
-        Args:
-            v: bottleneck feature `(B, D, X, Y, Z)` (or 2D); only its shape is used.
-            labeled_rows: number of labelled rows, which come first; None: no stop-gradient.
-
-        Returns:
-            tau, the shape of `v`.
-        """
+    def attend(self, v: torch.Tensor, labeled_rows: int | None = None) -> tuple[torch.Tensor, None]:
+        """Return the prompt volume, of which only the shape comes from `v`; it has no class map."""
         feature = self.feature_rows(v.shape[0], labeled_rows).unflatten(2, self.bottleneck_shape)
         if v.shape[2:] != self.bottleneck_shape:
             mode = INTERPOLATION[len(self.bottleneck_shape)]
             feature = nn.functional.interpolate(feature, size=v.shape[2:], mode=mode, align_corners=False)
-        return self.tokens(feature.movedim(1, -1)).movedim(-1, 1)
+        return self.tokens(feature.movedim(1, -1)).movedim(-1, 1), None
 
 
 class AttentionPrompts(_Prompts):
@@ -162,8 +187,9 @@ class AttentionPrompts(_Prompts):
     tau(x)   = sum over c of alpha_c(x) W_v f_c
     ```
 
-    Any patch size, 2D or 3D; moves and mirrors with the image. A single output channel (one region) has nothing to
-    compete with, so its softmax gets a second, empty entry with logit 0: alpha is a sigmoid.
+    Any patch size, 2D or 3D; moves and mirrors with the image. The logits of alpha are a coarse class map, which labels
+    can supervise. A single output channel (one region) has nothing to compete with, so its softmax gets a second, empty
+    entry with logit 0: alpha is a sigmoid.
 
     Nothing here tells the classes apart except their vectors: permuting the rows of E and P together leaves tau as it
     is, so `prompt_source="shuffled"` equals "text" up to the draw of P.
@@ -173,29 +199,30 @@ class AttentionPrompts(_Prompts):
         channels: width D of the bottleneck.
         dimensions: 2 or 3.
         stop_gradient: unlabelled rows do not train P and W (W_q, W_k, W_v learn from all rows).
+        std: standard deviation of P at the start.
 
     Source: ours, methods.md 2.8.
     """
 
-    def __init__(self, embeddings: torch.Tensor, channels: int, dimensions: int, *, stop_gradient: bool = True) -> None:
-        super().__init__(embeddings, channels, stop_gradient)
+    def __init__(
+        self,
+        embeddings: torch.Tensor,
+        channels: int,
+        dimensions: int,
+        *,
+        stop_gradient: bool = True,
+        std: float = LEARNABLE_STD,
+    ) -> None:
+        super().__init__(embeddings, channels, stop_gradient, std)
         self.query = convert_dim_to_conv_op(dimensions)(channels, channels, 1, bias=False)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels, bias=False)
 
-    def forward(self, v: torch.Tensor, labeled_rows: int | None = None) -> torch.Tensor:
-        """Make the prompt volume.
-
-        Args:
-            v: bottleneck feature `(B, D, X, Y, Z)` (or 2D).
-            labeled_rows: number of labelled rows, which come first; None: no stop-gradient.
-
-        Returns:
-            tau, the shape of `v`.
-        """
+    def attend(self, v: torch.Tensor, labeled_rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the prompt volume and the logits of alpha."""
         feature = self.feature_rows(v.shape[0], labeled_rows)
         keys = self.key(feature) / math.sqrt(v.shape[1])
         logits = torch.bmm(keys, self.query(v).flatten(2))
         alpha = torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)
         tau = torch.bmm(self.value(feature).transpose(1, 2), alpha)
-        return tau.unflatten(2, v.shape[2:])
+        return tau.unflatten(2, v.shape[2:]), logits.unflatten(2, v.shape[2:])

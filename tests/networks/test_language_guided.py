@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lgssl_nnunet.errors import PlansError, UsageError
-from lgssl_nnunet.networks.language_guided import LanguageGuidedUNet, bottleneck_shape, build_language_guided_unet
+from lgssl_nnunet.networks.language_guided import LanguageGuidedUNet, build_language_guided_unet, feature_shape
 
 CLASSES = 3
 GUIDED = ["fixed_volume", "attention"]
@@ -37,7 +37,7 @@ def open_gate(network):
 def test_both_decoders_give_the_planned_shapes(build, configuration_manager, mode):
     network = build(configuration_manager, prompt_mode=mode)
     expected = (2, CLASSES, *configuration_manager.patch_size)
-    first, second = network(images(configuration_manager), labeled_rows=1)
+    first, second, _ = network(images(configuration_manager), labeled_rows=1)
     assert first.shape == second.shape == expected
     assert not torch.equal(first, second)
     assert network(images(configuration_manager)).shape == expected
@@ -52,7 +52,7 @@ def test_an_image_alone_is_predicted_by_the_first_decoder(build, configuration_m
 def test_or_by_the_mean_of_both(build, configuration_manager, deep_supervision):
     network = open_gate(build(configuration_manager, deep_supervision, prediction="mean"))
     x = images(configuration_manager)
-    predicted, (first, second) = network(x), network(x, labeled_rows=1)
+    predicted, (first, second, _) = network(x), network(x, labeled_rows=1)
     if not deep_supervision:
         predicted, first, second = [predicted], [first], [second]
     for mean, one, other in zip(predicted, first, second, strict=True):
@@ -71,7 +71,7 @@ def test_the_control_without_meaning_is_drawn_under_the_training_seed(build, con
 
 def test_deep_supervision_switches_on_both_decoders_or_on_one(build, configuration_3d):
     network, x = build(configuration_3d, deep_supervision=True), images(configuration_3d)
-    first, second = network(x, labeled_rows=1)
+    first, second, _ = network(x, labeled_rows=1)
     assert [scale.shape for scale in first] == [scale.shape for scale in second]
     assert first[0].shape[2:] == (16, 16, 16)
     assert first[1].shape[2:] == (8, 8, 8)
@@ -80,11 +80,11 @@ def test_deep_supervision_switches_on_both_decoders_or_on_one(build, configurati
     network.set_deep_supervision(True)
     assert isinstance(network(x), list)
     network.set_deep_supervision(False)
-    assert all(torch.is_tensor(output) for output in network(x, labeled_rows=2))
+    assert all(torch.is_tensor(output) for output in network(x, labeled_rows=2)[:2])
 
 
 def test_the_bottleneck_has_the_computed_shape(build, configuration_manager):
-    network, shape = build(configuration_manager, prompt_mode="fixed_volume"), bottleneck_shape(configuration_manager)
+    network, shape = build(configuration_manager, prompt_mode="fixed_volume"), feature_shape(configuration_manager)
     assert network.encoder(images(configuration_manager))[-1].shape[2:] == shape
     assert network.prompts.project.weight.shape[0] == torch.tensor(shape).prod()
     assert network.selection(images(configuration_manager)).shape == (2, 1, *shape)
@@ -107,7 +107,7 @@ def test_prompts_learn_from_labelled_rows_only_and_the_rest_from_all(build, conf
 
     def trained_by(rows):
         network.zero_grad(set_to_none=True)
-        first, second = network(x, labeled_rows=1)
+        first, second, _ = network(x, labeled_rows=1)
         (first[rows].square().mean() + second[rows].square().mean()).backward()
         # Without the biases: in front of a normalisation their gradient is 0 up to rounding.
         named = [(name, p) for name, p in network.named_parameters() if not name.endswith("bias")]
@@ -126,7 +126,7 @@ def test_unlabelled_rows_do_not_change_the_supervised_gradient(build, configurat
 
     def gradients(batch):
         network.zero_grad()
-        first, second = network(batch, labeled_rows=2)
+        first, second, _ = network(batch, labeled_rows=2)
         (first[:2].square().mean() + second[:2].square().mean()).backward()
         return [p.grad.clone() for p in network.parameters() if p.grad is not None]
 
@@ -149,7 +149,7 @@ def test_permuting_the_classes_permutes_the_prediction(build, configuration_3d, 
         if mode == "fixed_volume":
             weight = permuted.prompts.tokens[0].weight
             weight.copy_(weight[:, order])
-    for before, after in zip(network(x, labeled_rows=1), permuted(x, labeled_rows=1), strict=True):
+    for before, after in zip(network(x, labeled_rows=1)[:2], permuted(x, labeled_rows=1)[:2], strict=True):
         torch.testing.assert_close(after, before[:, order], rtol=1e-4, atol=1e-5)
 
 
@@ -196,7 +196,7 @@ def test_keys_are_the_stock_networks_plus_its_own_and_no_parameter_twice(build, 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_parameter_is_trained(build, configuration_3d, mode):
     network = open_gate(build(configuration_3d, deep_supervision=True, prompt_mode=mode))
-    first, second = network(images(configuration_3d), labeled_rows=1)
+    first, second, _ = network(images(configuration_3d), labeled_rows=1)
     sum(scale.square().mean() for scale in [*first, *second]).backward()
     assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
 
@@ -224,7 +224,7 @@ def test_a_single_voxel_bottleneck_trains(build, make_configuration):
     architecture["norm_op"] = None
     for mode in GUIDED:
         network = open_gate(build(configuration_manager, prompt_mode=mode)).train()
-        first, second = network(images(configuration_manager), labeled_rows=1)
+        first, second, _ = network(images(configuration_manager), labeled_rows=1)
         (first.mean() + second.mean()).backward()
         assert network.selection(images(configuration_manager)).shape == (2, 1, 1, 1, 1)
 
@@ -280,3 +280,68 @@ def test_unfitting_options_patches_and_architectures_are_refused(build, make_con
     architecture["n_blocks_per_stage"] = architecture.pop("n_conv_per_stage")
     with pytest.raises(PlansError, match="no U-Net with an nnU-Net decoder"):
         build(other)
+
+
+# ------------------------------------------------------------------------------------------------------- further stages
+
+
+@pytest.mark.parametrize("mode", GUIDED)
+def test_text_is_fused_into_as_many_of_the_deepest_stages_as_asked(build, configuration_manager, mode):
+    network = build(configuration_manager, prompt_mode=mode, gate_start=1.0, tvsf_stages=2)
+    x, seen = images(configuration_manager), []
+    network.decoder.register_forward_pre_hook(lambda _, skips: seen.append(skips[0]))
+    network.eval()(x)
+    skips = network.encoder(x)
+    changed = [not torch.equal(*pair) for pair in zip(seen[0], skips, strict=True)]
+    assert changed == [False] * (len(skips) - 2) + [True, True]
+    prompts, fusion = network.further_stages[0].prompts, network.further_stages[0].fusion
+    torch.testing.assert_close(seen[0][-2], fusion(skips[-2], prompts(skips[-2]))[0])
+
+
+def test_each_stage_has_a_class_map_of_its_own_size_and_the_prompts_learn_from_labelled_rows(build, configuration_3d):
+    network, x = build(configuration_3d, gate_start=1.0, tvsf_stages=2), images(configuration_3d, 3)
+    first, _, language = network(x, labeled_rows=1)
+    skips = network.encoder(x)
+    assert torch.equal(language.image_feature, skips[-1])
+    assert torch.equal(language.prompt_feature, network.prompts.prompt_feature())
+    for logits, skip in zip(language.class_logits, skips[:-3:-1], strict=True):
+        assert logits.shape == (3, CLASSES, *skip.shape[2:])
+    first[1:].square().mean().backward()
+    assert network.further_stages[0].prompts.learnable.grad.abs().max() == 0
+    assert network.further_stages[0].fusion.merge.weight.grad.abs().max() > 0
+
+
+def test_the_class_map_weighs_the_prompts(build, configuration_3d):
+    network, x = build(configuration_3d), images(configuration_3d)
+    logits = network(x, labeled_rows=2)[2].class_logits[0]
+    value = network.prompts.value(network.prompts.prompt_feature())
+    tau = torch.einsum("bcxyz,cd->bdxyz", logits.softmax(dim=1), value)
+    torch.testing.assert_close(network.prompts(network.encoder(x)[-1]), tau)
+
+
+def test_only_attention_has_a_class_map_and_no_text_has_nothing(build, configuration_3d):
+    assert build(configuration_3d, prompt_mode="fixed_volume")(images(configuration_3d), 1)[2].class_logits == []
+    assert build(configuration_3d, prompt_mode="none")(images(configuration_3d), 1)[2] is None
+
+
+def test_one_stage_draws_the_same_weights_as_two_do_for_it(build, configuration_3d):
+    networks = []
+    for stages in (1, 2):
+        torch.manual_seed(3)
+        networks.append(build(configuration_3d, tvsf_stages=stages).state_dict())
+    assert set(networks[1]) - set(networks[0])
+    assert all(torch.equal(tensor, networks[1][name]) for name, tensor in networks[0].items())
+
+
+def test_more_stages_than_the_network_has_are_refused(build, configuration_3d):
+    stages = len(configuration_3d.pool_op_kernel_sizes)
+    build(configuration_3d, tvsf_stages=stages)
+    with pytest.raises(UsageError, match=f"tvsf_stages={stages + 1}: the planned network has {stages} stages"):
+        build(configuration_3d, tvsf_stages=stages + 1)
+
+
+def test_learned_prompts_have_no_embedding_and_start_at_an_embeddings_size(build, configuration_3d):
+    prompts = build(configuration_3d, prompt_source="learned").prompts
+    assert not prompts.embeddings.any()
+    assert 0.5 < prompts.learnable.std() < 1.5
+    assert build(configuration_3d, prompt_source="text").prompts.learnable.std() < 0.02

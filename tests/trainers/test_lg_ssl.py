@@ -24,9 +24,19 @@ SWITCHES = {
     "faithful_decoder": (True, {"faithful_decoder": True}),
     "dropout": (0.25, {"dropout": 0.25}),
     "prediction": ("mean", {"prediction": "mean"}),
+    "tvsf_stages": (2, {"tvsf_stages": 2}),
 }
 # What of the hyper-parameters the loss reads and the network does not.
-OF_THE_LOSS = {"agreement", "detach_labeled", "consistency_weight", "difference_weight", "ramp_fraction"}
+OF_THE_LOSS = {
+    "agreement",
+    "detach_labeled",
+    "consistency_weight",
+    "agreement_weight",
+    "difference_weight",
+    "ramp_fraction",
+    "class_map_weight",
+    "alignment_weight",
+}
 
 
 @pytest.fixture
@@ -69,6 +79,9 @@ def gradients(trainer, loss) -> dict[str, torch.Tensor]:
         {"prompt_mode": "none"},
         {"prompt_source": "random"},
         {"prompt_source": "shuffled"},
+        {"prompt_source": "learned"},
+        {"tvsf_stages": 2, "class_map_weight": 1.0, "alignment_weight": 1.0},
+        {"tvsf_stages": 2, "prompt_mode": "fixed_volume"},
         {"agreement": "distill"},
         {"detach_labeled": False},
         {"stop_gradient": False},
@@ -113,7 +126,11 @@ def test_labelled_predictions_follow_the_difference_term_only_when_asked(start):
         ("dropout", 1.0),
         ("dropout", -0.1),
         ("consistency_weight", -1.0),
+        ("agreement_weight", -1.0),
         ("difference_weight", -1.0),
+        ("class_map_weight", -1.0),
+        ("alignment_weight", -1.0),
+        ("tvsf_stages", 0),
         ("ramp_fraction", 1.5),
         ("prompt_mode", "words"),
         ("prompt_source", "latin"),
@@ -159,7 +176,7 @@ def test_the_supervised_term_trains_both_decoders(start):
 def test_unlabelled_patches_in_the_batch_leave_the_supervised_gradient_as_it_is(mode, after_two_steps):
     trainer, (labeled, unlabeled) = after_two_steps(prompt_mode=mode, dropout=0.0)
     together = gradients(trainer, trainer.loss_terms(labeled, unlabeled)["supervised"].value)
-    outputs = trainer.network(labeled.image, labeled_rows=len(labeled.image))
+    *outputs, _ = trainer.network(labeled.image, labeled_rows=len(labeled.image))
     alone = gradients(trainer, sum(0.5 * trainer.supervised_loss(output, labeled.target) for output in outputs))
     assert together.keys() == alone.keys()
     for name, gradient in together.items():
@@ -180,13 +197,13 @@ def test_a_step_is_one_forward_pass_over_labelled_and_unlabelled_patches(start):
 
 
 @pytest.mark.parametrize("ramp", [0.0, 0.1, 1.0])
-def test_weights_are_ramp_times_consistency_weight_times_difference_weight(ramp, start, monkeypatch):
-    trainer, asked = start(consistency_weight=3.0, difference_weight=0.5, ramp_fraction=0.25), []
+def test_weights_are_ramp_times_consistency_weight_times_their_own(ramp, start, monkeypatch):
+    trainer, asked = start(consistency_weight=3.0, agreement_weight=2.0, difference_weight=0.5, ramp_fraction=0.25), []
     monkeypatch.setattr(trainer, "ramp", lambda fraction=1.0: asked.append(fraction) or ramp)
     weights = {name: term.weight for name, term in terms(trainer).items()}
     assert weights == {
         "supervised": 1.0,
-        "agreement": pytest.approx(3.0 * ramp),
+        "agreement": pytest.approx(6.0 * ramp),
         "difference": pytest.approx(1.5 * ramp),
     }
     assert asked == [0.25]
@@ -211,6 +228,56 @@ def test_every_switch_of_the_network_reaches_its_builder(name, build, monkeypatc
     assert {option: seen[option] for option in expected} == expected
 
 
-def test_every_hyperparameter_belongs_to_the_network_or_to_the_loss():
+def test_every_hyperparameter_belongs_to_the_network_or_to_the_loss_or_to_the_plans():
     names = {field.name for field in dataclasses.fields(lg_ssl.LGSSLHyperparameters)}
-    assert names == set(SWITCHES) | OF_THE_LOSS
+    assert names == set(SWITCHES) | OF_THE_LOSS | {"text_encoder"}
+
+
+# ------------------------------------------------------------------------------------------- ties of words to positions
+
+
+def test_ties_to_words_are_terms_of_the_labelled_patches(start):
+    trainer = start(class_map_weight=0.5, alignment_weight=2.0)
+    labeled, unlabeled = trainer.to_batches(next(trainer.dataloader_train))
+    seed_everything(0)
+    found = trainer.loss_terms(labeled, unlabeled)
+    assert {name: found[name].weight for name in ("class map", "alignment")} == {"class map": 0.5, "alignment": 2.0}
+    assert not any(found[name].uses_unlabeled for name in ("class map", "alignment"))
+    seed_everything(0)
+    others = trainer.loss_terms(labeled, dataclasses.replace(unlabeled, strong=torch.randn_like(unlabeled.strong)))
+    for name in ("class map", "alignment"):
+        torch.testing.assert_close(others[name].value, found[name].value)
+    assert not torch.equal(others["agreement"].value, found["agreement"].value)
+
+
+def test_ties_to_words_train_the_prompts_and_the_encoder_and_no_decoder(after_two_steps):
+    trainer, batches = after_two_steps(class_map_weight=1.0, alignment_weight=1.0)
+    by_map = set(gradients(trainer, trainer.loss_terms(*batches)["class map"].value))
+    by_alignment = set(gradients(trainer, trainer.loss_terms(*batches)["alignment"].value))
+    assert by_map >= {*PROMPT_FEATURE, "prompts.query.weight", "prompts.key.weight"}
+    assert by_alignment >= PROMPT_FEATURE
+    for found in (by_map, by_alignment):
+        assert any(name.startswith("encoder.") for name in found)
+        assert {name.split(".")[0] for name in found} == {"encoder", "prompts"}
+    assert not any(name.startswith("prompts.query") for name in by_alignment)
+
+
+def test_without_their_weights_the_losses_and_draws_are_those_of_before(start):
+    plain, tied = terms(start()), terms(start(class_map_weight=1.0, alignment_weight=1.0))
+    assert set(tied) - set(plain) == {"class map", "alignment"}
+    for name, term in plain.items():
+        assert torch.equal(term.value, tied[name].value)
+
+
+def test_the_class_map_is_learned(start):
+    trainer = start(class_map_weight=1.0)
+    batch = next(trainer.dataloader_train)
+    values = [float(trainer.train_step(batch)["class map"]) for _ in range(8)]
+    assert values[-1] < 0.9 * values[0]
+
+
+@pytest.mark.parametrize("mode", ["fixed_volume", "none"])
+@pytest.mark.parametrize("name", ["class_map_weight", "alignment_weight"])
+def test_ties_to_words_need_attention(mode, name, build):
+    with pytest.raises(UsageError, match="need prompt_mode=attention"):
+        build("LGSSLTrainer", training={"seed": 0, "hyperparameters": {"prompt_mode": mode, name: 1.0}})

@@ -6,10 +6,12 @@ import itertools
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
-from lgssl_nnunet.errors import PlansError, UsageError
+from lgssl_nnunet.errors import PlansError, PromptError, UsageError
 from lgssl_nnunet.registry import find_trainer
+from lgssl_nnunet.text.bank import EmbeddingBank
 from lgssl_nnunet.training import _derive_plans, train
 
 BASE = "LGSSLCPUPlans"
@@ -206,3 +208,33 @@ def test_two_seeds_end_in_two_models_beside_each_other(dataset, same):
     (first_folder, first), (second_folder, second) = weights(1), weights(2)
     assert first_folder != second_folder
     assert not same(first, second)
+
+
+def test_another_text_encoder_changes_the_vectors_and_nothing_else(derive, tiny_dataset, tmp_path):
+    plans = tiny_dataset().plans()
+    prompts = plans["lgssl"]["text"]["prompts"]
+    vectors = np.eye(len(prompts), 7, dtype=np.float32)
+    bank = tmp_path / "bank.npz"
+    EmbeddingBank(tuple(prompts), vectors, "unit vectors", "0" * 64).save(bank)
+    derived = derive(plans, hyperparameters={"text_encoder": f"file:{bank}"})
+    text = derived["lgssl"]["text"]
+    assert text["embeddings"] == vectors.tolist()
+    assert text["prompts"] == prompts
+    assert "unit vectors" in text["encoder"]
+    assert plans == tiny_dataset().plans()
+    same = {key: value for key, value in derived["lgssl"].items() if key not in ("text", "training")}
+    assert same == {key: value for key, value in plans["lgssl"].items() if key not in ("text", "training")}
+    assert derived["configurations"] == plans["configurations"]
+
+
+@pytest.mark.parametrize("block", [{"templates": ["A {}"]}, {"several_texts": {"liver": ["a", "b"]}}])
+def test_averaged_texts_are_not_embedded_again(block, derive, tiny_dataset):
+    plans = tiny_dataset().plans()
+    plans["lgssl"]["text"] |= block
+    with pytest.raises(PromptError, match=r"plan with --text_encoder file:x\.npz"):
+        derive(plans, hyperparameters={"text_encoder": "file:x.npz"})
+
+
+def test_a_missing_text_encoder_is_refused_before_anything_is_written(derive):
+    with pytest.raises(PromptError, match=r"none\.npz"):
+        derive(hyperparameters={"text_encoder": "file:none.npz"})
