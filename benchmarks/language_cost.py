@@ -1,0 +1,88 @@
+"""What language costs: LGSSLTrainer's training step and prediction against the same without text and fusion.
+
+    export nnUNet_preprocessed=... nnUNet_results=...
+    python benchmarks/language_cost.py 510 --plans LGSSLCPUPlans_labeled4 --steps 5 --rounds 7
+
+The forms take turns on the same batches, forwards in one round and backwards in the next; the ratio is the median over
+rounds of the ratio of medians within a round. A step is all of `train_step`, without the loader. A prediction is the
+network's forward pass on one patch as `lgssl_predict` makes it (eval, first decoder, full resolution only), 4 per
+measurement. Peers in the call are compared with the first form, `prompt_mode=none`. Nothing is written to
+nnUNet_results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from step_cost import Subject, prepare, ratio, seconds_of
+
+from lgssl_nnunet.files import environment
+from lgssl_nnunet.inference.device import choose_device
+
+WITHOUT = "LGSSLTrainer:prompt_mode=none"
+FORMS = [
+    "LGSSLTrainer",
+    "LGSSLTrainer:prompt_mode=fixed_volume",
+    "LGSSLTrainer:class_map_weight=1,alignment_weight=1",
+    "LGSSLTrainer:tvsf_stages=2",
+]
+PREDICTIONS = 4
+
+
+def predict(subject: Subject, number: int) -> None:
+    """Run the network on single patches as for prediction, and leave it as for training."""
+    trainer = subject.trainer
+    image = trainer.to_batches(subject.batches[number % len(subject.batches)])[0].image[:1]
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    with torch.inference_mode(), trainer.autocast():
+        for _ in range(PREDICTIONS):
+            trainer.network(image)
+    trainer.network.train()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+
+
+def measure(subjects: list[Subject], args: argparse.Namespace) -> dict[str, list[list[list[float]]]]:
+    """Return seconds by kind of work, subject and round; the first call in each round does not count."""
+    works = {"training step": lambda subject, n: subject.step(n), "prediction": predict}
+    seconds = {kind: [[] for _ in subjects] for kind in works}
+    for turn in range(args.rounds):
+        print(f"round {turn + 1} of {args.rounds}", file=sys.stderr)
+        order = list(enumerate(subjects))[:: 1 if turn % 2 == 0 else -1]
+        for kind, work in works.items():
+            for position, subject in order:
+                times = [
+                    seconds_of(lambda n=n, s=subject, work=work: work(s, n), args.device) for n in range(args.steps + 1)
+                ]
+                seconds[kind][position].append(times[1:])
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="dataset id in nnUNet_preprocessed")
+    parser.add_argument("--plans", required=True)
+    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument("--trainers", nargs="+", default=FORMS, metavar="TRAINER[:name=value,...]")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per form and round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("-device", default=None)
+    args = parser.parse_args()
+    args.folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
+    args.device = choose_device(args.device)
+    with tempfile.TemporaryDirectory() as results, environment({"nnUNet_results": results, "nnUNet_n_proc_DA": "0"}):
+        subjects = [prepare(cell, args) for cell in [WITHOUT, *args.trainers]]
+        seconds = measure(subjects, args)
+    print("| form | training step | prediction |\n| --- | --- | --- |")
+    for position, subject in enumerate(subjects):
+        ratios = [ratio(rounds[position], rounds[0]) for rounds in seconds.values()]
+        print(f"| `{subject.cell}` | {' | '.join(f'{value:.3f}' for value in ratios)} |")
+
+
+if __name__ == "__main__":
+    main()
