@@ -35,6 +35,7 @@ DATASET = "lgssl_nnunet/data/unlabeled.py: UnlabeledDataset"
 VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
 EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
 PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
+SELECTION_MAPS = "lgssl_nnunet/inference/selection_maps.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
 MAKE_PLANS = "plans/planner.py: make_plans"
@@ -47,6 +48,7 @@ TRAINER = "nnunetv2/training/nnUNetTrainer/nnUNetTrainer.py: nnUNetTrainer"
 NNUNET_PREDICTOR = "nnunetv2/inference/predict_from_raw_data.py: nnUNetPredictor"
 NNUNET_LOADER = "nnunetv2/training/dataloading/data_loader.py: nnUNetDataLoader"
 DATASETS = "nnunetv2/training/dataloading/nnunet_dataset.py"
+IMAGE_IO = "nnunetv2/imageio"
 PLANNER = "nnunetv2/experiment_planning/experiment_planners/default_experiment_planner.py: ExperimentPlanner"
 RESENC = "nnunetv2/experiment_planning/experiment_planners/residual_unets/residual_encoder_unet_planners.py"
 UTILITIES = "nnunetv2/utilities"
@@ -227,6 +229,13 @@ WATCHED: dict[str, tuple[str, ...]] = {
     "nnunetv2/inference/export_prediction.py: export_prediction_from_logits": (
         "lgssl_nnunet/inference/predictor.py: _export",
     ),
+    "nnunetv2/inference/export_prediction.py: convert_predicted_logits_to_segmentation_with_correct_shape": (
+        f"{SELECTION_MAPS}: SelectionMapPredictor._on_image_grid",
+    ),
+    f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (f"{SELECTION_MAPS}: _itk_image",),
+    f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIOWithReorient": (f"{SELECTION_MAPS}: _itk_image",),
+    f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIO": (f"{SELECTION_MAPS}: _nibabel_image",),
+    f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIOWithReorient": (f"{SELECTION_MAPS}: _nibabel_image",),
     "nnunetv2/evaluation/evaluate_predictions.py: compute_metrics": (
         "lgssl_nnunet/evaluation/case.py: measure_case",
         "lgssl_nnunet/evaluation/case.py: _CheckedReader",
@@ -249,6 +258,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{UTILITIES}/label_handling/label_handling.py: LabelManager": (
         "lgssl_nnunet/engine/labels.py: one_hot",
         "lgssl_nnunet/evaluation/evaluate.py: _label_manager",
+        f"{SELECTION_MAPS}: one_channel",
         "plans/dataset_json.py: label_problems",
     ),
     f"{UTILITIES}/label_handling/label_handling.py: determine_num_input_channels": (f"{PREDICTOR}.load_model",),

@@ -53,12 +53,19 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
         "--continue_prediction",
         "--c",
         action="store_true",
-        help="keep segmentations that OUTPUT already holds and predict the other cases",
+        help="keep segmentations that OUTPUT already holds and make what is missing",
     )
     group.add_argument(
         "--save_probabilities",
         action="store_true",
         help="also write the class probabilities (CASE.npz, CASE.pkl), which nnUNetv2_ensemble needs",
+    )
+    group.add_argument(
+        "--save_selection_maps",
+        action="store_true",
+        help="also write where the text-vision fusion lets its feature pass (0 to 1, on the grid of the image) as "
+        "selection_maps/CASE.nii.gz, and a picture of it, selection_maps/CASE.png; needs a model with prompts "
+        "(LGSSLTrainer)",
     )
     group = parser.add_argument_group("which model")
     group.add_argument("-d", metavar="DATASET", help="id or name of the dataset, 501 or Dataset501_Liver")
@@ -161,6 +168,7 @@ def _run(arguments: argparse.Namespace) -> None:
         step_size=arguments.step_size,
         disable_tta=arguments.disable_tta,
         save_probabilities=arguments.save_probabilities,
+        save_selection_maps=arguments.save_selection_maps,
         continue_prediction=arguments.continue_prediction,
         overwrite=arguments.overwrite,
         num_processes_preprocessing=arguments.npp,

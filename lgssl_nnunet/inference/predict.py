@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from lgssl_nnunet.inference.models import (
     read_model_json,
 )
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, check_precision
+from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
 from lgssl_nnunet.paths import data_folders
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def predict(
     step_size: float = 0.5,
     disable_tta: bool = False,
     save_probabilities: bool = False,
+    save_selection_maps: bool = False,
     continue_prediction: bool = False,
     overwrite: bool = False,
     num_processes_preprocessing: int = DEFAULT_WORKERS,
@@ -90,7 +93,11 @@ def predict(
         step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
         disable_tta: do not average over mirrored images; up to 8 times faster, a little worse.
         save_probabilities: also write `<case>.npz` and `<case>.pkl`, for nnUNetv2_ensemble.
-        continue_prediction: skip cases that `output` already holds.
+        save_selection_maps: also write `selection_maps/<case><ending>`, where the text-vision fusion of LGSSLTrainer
+            lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
+            `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
+        continue_prediction: skip cases that `output` already holds. Where only the selection map is missing, it is made
+            and the segmentation stays.
         overwrite: replace what `output` already holds.
         num_processes_preprocessing: worker processes that read and resample images.
         num_processes_segmentation_export: worker processes that resample and write; 0 and 0: all in this process.
@@ -106,7 +113,8 @@ def predict(
         The segmentation of each case of this part, in alphabetical order.
 
     Raises:
-        UsageError: arguments that do not fit, several datasets to choose from, or an output that would be lost.
+        UsageError: arguments that do not fit, several datasets to choose from, an output that would be lost, or
+            selection maps of a model without prompts or in a format without fractions.
         CheckpointError: no finished model, or a damaged one.
         DatasetError: images that do not fit the model; all problems together.
         PredictionError: cases that failed, after all others were written.
@@ -117,8 +125,8 @@ def predict(
     chosen = _choose(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
     output = Path(output).expanduser()
-    cases = _cases(input, output, chosen)[part_id::num_parts]
-    predictor = LGSSLPredictor(
+    cases = _cases(input, output, chosen, save_selection_maps)[part_id::num_parts]
+    predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
         precision=precision,
         step_size=step_size,
@@ -129,9 +137,8 @@ def predict(
     )
     predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint)
     records = _records(chosen, predictor)
-    if not overwrite:
-        _refuse_lost_output(output, cases, records, continue_prediction)
-    todo = [case for case in cases if not (continue_prediction and _is_done(case, save_probabilities))]
+    _check_output(output, cases, records, overwrite, continue_prediction, save_selection_maps)
+    todo = _unfinished(cases, save_probabilities, save_selection_maps) if continue_prediction else cases
     logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
     options = {
         "save_probabilities": save_probabilities,
@@ -207,11 +214,13 @@ def _choose(
     return model_from_folder(model_folder, folds, checkpoint)
 
 
-def _cases(inputs: Inputs, output: Path, chosen: ChosenModel) -> list[Case]:
+def _cases(inputs: Inputs, output: Path, chosen: ChosenModel, save_selection_maps: bool) -> list[Case]:
     """Return the cases of the input in alphabetical order, checked against the model and the output folder."""
     dataset_json = read_model_json(chosen.folder, "dataset.json")
     reader = PlansManager(read_model_json(chosen.folder, "plans.json")).image_reader_writer_class
     ending = dataset_json["file_ending"]
+    if save_selection_maps:
+        require_float_format(reader, ending)
     if output.is_file() or output.name.endswith(ending):
         raise UsageError(f"-o {output} is a file; give the folder that the segmentations go to.")
     channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
@@ -222,9 +231,19 @@ def _cases(inputs: Inputs, output: Path, chosen: ChosenModel) -> list[Case]:
     return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]
 
 
-def _is_done(case: Case, save_probabilities: bool) -> bool:
+def _unfinished(cases: Sequence[Case], save_probabilities: bool, save_selection_maps: bool) -> list[Case]:
+    """Return the cases that lack a wanted file, marked where only the selection map has to be made."""
+    marked = [replace(case, is_segmented=_is_segmented(case, save_probabilities)) for case in cases]
+    return [case for case in marked if not case.is_segmented or (save_selection_maps and not _has_map(case))]
+
+
+def _is_segmented(case: Case, save_probabilities: bool) -> bool:
     probabilities = case.output.with_name(f"{case.name}.npz")
     return case.output.is_file() and (probabilities.is_file() or not save_probabilities)
+
+
+def _has_map(case: Case) -> bool:
+    return all(file.is_file() for file in selection_map_files(case))
 
 
 def _records(chosen: ChosenModel, predictor: LGSSLPredictor) -> dict[str, dict[str, Any]]:
@@ -259,14 +278,40 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, tz=timezone.utc).isoformat(timespec="seconds")
 
 
-def _refuse_lost_output(
-    output: Path, cases: Sequence[Case], records: dict[str, dict], continue_prediction: bool
+def _check_output(
+    output: Path,
+    cases: Sequence[Case],
+    records: dict[str, dict],
+    overwrite: bool,
+    continue_prediction: bool,
+    save_selection_maps: bool,
 ) -> None:
-    """Refuse to write where segmentations of these cases, or results of another model, would be lost or mixed in.
+    """Refuse to write where something would be lost, or files that do not belong together would be mixed.
 
     Raises:
         UsageError: with the ways out.
     """
+    if overwrite:
+        if not save_selection_maps:
+            _refuse_outdated_maps(cases)
+        return
+    _refuse_other_results(output, records)
+    if continue_prediction:
+        return
+    wanted = [
+        file for case in cases for file in (case.output, *(selection_map_files(case) if save_selection_maps else ()))
+    ]
+    existing = [str(file.relative_to(output)) for file in wanted if file.exists()]
+    if existing:
+        shown = ", ".join(existing[:3]) + (f" and {len(existing) - 3} more" if len(existing) > 3 else "")
+        raise UsageError(
+            f"{output} already holds {shown}: add --continue_prediction to keep them and predict the rest, "
+            "--overwrite to replace them, or choose another output folder."
+        )
+
+
+def _refuse_other_results(output: Path, records: dict[str, dict]) -> None:
+    """Refuse a folder with results of another dataset, model or setting."""
     for name, record in records.items():
         file = output / name
         if file.exists() and _identity(read_json_if_valid(file) or {}) != _identity(record):
@@ -274,12 +319,15 @@ def _refuse_lost_output(
                 f"{file} comes from another dataset, model or setting; choose another output folder, "
                 "or replace what is there with --overwrite."
             )
-    existing = [case.output.name for case in cases if case.output.exists()]
-    if existing and not continue_prediction:
-        shown = ", ".join(existing[:3]) + (f" and {len(existing) - 3} more" if len(existing) > 3 else "")
+
+
+def _refuse_outdated_maps(cases: Sequence[Case]) -> None:
+    """Refuse to replace segmentations and leave the selection maps of the old ones beside them."""
+    kept = [file for case in cases for file in selection_map_files(case) if file.exists()]
+    if kept:
         raise UsageError(
-            f"{output} already holds {shown}: add --continue_prediction to keep them and predict the rest, "
-            "--overwrite to replace them, or choose another output folder."
+            f"--overwrite would replace the segmentations and keep the selection maps of the old ones ({kept[0]}); add "
+            f"--save_selection_maps to replace both, or delete {kept[0].parent}."
         )
 
 

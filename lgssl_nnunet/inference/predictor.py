@@ -47,11 +47,13 @@ class Case:
         name: the case id, which names the segmentation.
         files: the image files, one per channel, in channel order.
         output: the segmentation's path.
+        is_segmented: whether the segmentation is there and stays, so that only what goes with it is made.
     """
 
     name: str
     files: tuple[Path, ...]
     output: Path
+    is_segmented: bool = False
 
 
 class LGSSLPredictor(nnUNetPredictor):
@@ -192,7 +194,7 @@ class LGSSLPredictor(nnUNetPredictor):
                 while len(waiting) > num_processes_segmentation_export:
                     _collect(*waiting.popleft(), failures)
                 logger.info("Predicting %s (%d of %d)", case.name, cases.index(case) + 1, len(cases))
-                job = _attempt(case, lambda ready=future: self._logits(ready), failures)
+                job = _attempt(case, lambda case=case, ready=future: self._infer(case, *ready.result()), failures)
                 if job is not None:
                     waiting.append((case, _submit(writers, _export, self, *job, case, save_probabilities)))
             for item in waiting:
@@ -215,10 +217,31 @@ class LGSSLPredictor(nnUNetPredictor):
                 yield waiting.popleft()
         yield from waiting
 
-    def _logits(self, preprocessed: Future[tuple[np.ndarray, dict]]) -> tuple[np.ndarray, dict]:
-        """Return logits (C, X, Y, Z) of a preprocessed case and the properties of its image."""
-        data, properties = preprocessed.result()
-        return self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy(), properties
+    def _infer(self, case: Case, data: np.ndarray, properties: dict) -> tuple[dict[str, np.ndarray], dict]:
+        """Return what the network makes of a preprocessed image (M, X, Y, Z), and the properties of the image.
+
+        Here that is `logits` (C, X, Y, Z), and nothing if the case is segmented.
+        """
+        return {} if case.is_segmented else {"logits": self._logits(data)}, properties
+
+    def _logits(self, data: np.ndarray) -> np.ndarray:
+        """Return the logits (C, X, Y, Z) of a preprocessed image (M, X, Y, Z)."""
+        return self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
+
+    def _write(
+        self, folder: Path, case: Case, results: dict[str, np.ndarray], properties: dict, save_probabilities: bool
+    ) -> None:
+        """Write into `folder` what `_infer` returned, resampled to the image's grid."""
+        if "logits" in results:
+            export_prediction_from_logits(
+                results["logits"],
+                properties,
+                self.configuration_manager,
+                self.plans_manager,
+                self.dataset_json,
+                str(folder / case.name),
+                save_probabilities,
+            )
 
     def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
         """Return the logits (B, C, *S) of windows (B, M, *S), averaged over mirrored copies; fp32 unless "stock"."""
@@ -324,25 +347,20 @@ def _preprocess(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict
 
 
 def _export(
-    predictor: LGSSLPredictor, logits: np.ndarray, properties: dict, case: Case, save_probabilities: bool
+    predictor: LGSSLPredictor, results: dict[str, np.ndarray], properties: dict, case: Case, save_probabilities: bool
 ) -> None:
-    """Resample logits to the image's grid and write the files; runs in a worker process or in this one."""
-    case.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=case.output.parent))
+    """Write the files of a case and move all of them into place; runs in a worker process or in this one."""
+    output = case.output.parent
+    output.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=output))
     try:
-        export_prediction_from_logits(
-            logits,
-            properties,
-            predictor.configuration_manager,
-            predictor.plans_manager,
-            predictor.dataset_json,
-            str(partial / case.name),
-            save_probabilities,
-        )
+        predictor._write(partial, case, results, properties, save_probabilities)
         # The segmentation moves last: where it exists, --continue_prediction skips the case.
-        written = sorted(partial.iterdir(), key=lambda file: file.name == case.output.name)
+        written = sorted(filter(Path.is_file, partial.rglob("*")), key=lambda file: file == partial / case.output.name)
         for file in written:
-            os.replace(file, case.output.with_name(file.name))
+            target = output / file.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
