@@ -46,10 +46,10 @@ class Form:
 def command(form: Form, args: argparse.Namespace) -> list[str]:
     """Return the command line of a form; the options are written the same in both commands."""
     words = ["-i", str(args.images), "-o", str(form.output), "-f", "all", "-device", args.device]
-    words += ["-npp", str(args.processes), "-nps", str(args.processes), *args.options]
+    words += ["-npp", str(args.processes), "-nps", str(args.processes), "--disable_progress_bar", *args.options]
     if FORMS[form.name] is None:
         return ["nnUNetv2_predict_from_modelfolder", "-m", str(args.model), *words]
-    return ["lgssl_predict", "-m", str(args.model), "--precision", FORMS[form.name], "--no_pbar", *words]
+    return ["lgssl_predict", "-m", str(args.model), "--precision", FORMS[form.name], *words]
 
 
 def run(form: Form, args: argparse.Namespace) -> None:

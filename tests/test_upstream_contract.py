@@ -35,6 +35,7 @@ DATASET = "lgssl_nnunet/data/unlabeled.py: UnlabeledDataset"
 VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
 EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
 PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
+EXPORT = "lgssl_nnunet/inference/export.py"
 SELECTION_MAPS = "lgssl_nnunet/inference/selection_maps.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
@@ -221,7 +222,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{NNUNET_PREDICTOR}._internal_predict_sliding_window_return_logits": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
     ),
-    f"{NNUNET_PREDICTOR}._internal_maybe_mirror_and_predict": (f"{PREDICTOR}._internal_maybe_mirror_and_predict",),
+    f"{NNUNET_PREDICTOR}._internal_maybe_mirror_and_predict": (f"{PREDICTOR}._predict_views",),
     f"{NNUNET_PREDICTOR}.predict_from_files_sequential": (f"{PREDICTOR}.predict_files",),
     "nnunetv2/inference/sliding_window_prediction.py: compute_gaussian": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
@@ -231,7 +232,12 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     "nnunetv2/inference/export_prediction.py: convert_predicted_logits_to_segmentation_with_correct_shape": (
         f"{SELECTION_MAPS}: SelectionMapPredictor._on_image_grid",
+        f"{EXPORT}: write_segmentation",
     ),
+    "nnunetv2/preprocessing/resampling/default_resampling.py: determine_do_sep_z_and_axis": (
+        f"{EXPORT}: nearest_axis",
+    ),
+    "nnunetv2/preprocessing/resampling/default_resampling.py: resample_data_or_seg": (f"{EXPORT}: segment",),
     f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (f"{SELECTION_MAPS}: _itk_image",),
     f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIOWithReorient": (f"{SELECTION_MAPS}: _itk_image",),
     f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIO": (f"{SELECTION_MAPS}: _nibabel_image",),

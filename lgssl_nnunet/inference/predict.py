@@ -28,7 +28,7 @@ from lgssl_nnunet.inference.models import (
     model_from_folder,
     read_model_json,
 )
-from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, check_precision
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, resolve_precision
 from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
 from lgssl_nnunet.paths import data_folders
 
@@ -56,7 +56,7 @@ def predict(
     trainer: str | None = None,
     checkpoint: str = FINAL_CHECKPOINT,
     model_folder: str | Path | None = None,
-    precision: str = "stock",
+    precision: str = "auto",
     step_size: float = 0.5,
     disable_tta: bool = False,
     save_probabilities: bool = False,
@@ -89,7 +89,8 @@ def predict(
         trainer: trainer class name.
         checkpoint: file name of the checkpoint.
         model_folder: use this model folder instead of looking in nnUNet_results.
-        precision: "stock" (to the voxel what nnUNetv2_predict writes), "fp32" or "bf16".
+        precision: "auto" (the fastest that the device computes natively), "stock" (to the voxel what nnUNetv2_predict
+            writes), "fp32", "bf16" or "fp16".
         step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
         disable_tta: do not average over mirrored images; up to 8 times faster, a little worse.
         save_probabilities: also write `<case>.npz` and `<case>.pkl`, for nnUNetv2_ensemble.
@@ -121,7 +122,7 @@ def predict(
     """
     _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
     device = choose_device(device)
-    check_precision(precision, device)
+    precision = resolve_precision(precision, device)
     chosen = _choose(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
     output = Path(output).expanduser()

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -31,12 +31,17 @@ from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import CheckpointError, DatasetError, UsageError
 from lgssl_nnunet.inference.cases import require_finite
+from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, read_model_json
 from lgssl_nnunet.registry import find_trainer
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("stock", "fp32", "bf16")
+PRECISIONS = ("auto", "stock", "fp32", "bf16", "fp16")
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+VIEWS_AT_ONCE = 2
+"""Mirrored windows in one pass: a single one takes torch's slow 3D convolution on CPUs in fp32 (up to 4 times)."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,9 @@ class LGSSLPredictor(nnUNetPredictor):
 
     Args:
         device: where the network runs.
-        precision: "stock" (nnU-Net's: fp16 accumulation, fp16 autocast on CUDA), "fp32" (no autocast, fp32
-            accumulation) or "bf16" (bfloat16 autocast, fp32 accumulation).
+        precision: "stock" (nnU-Net's arithmetic, window by window), or what convolutions are computed in, with fp32
+            accumulation, several views at once and export by slabs: "fp32", "bf16", "fp16" (CUDA), or "auto", the
+            fastest of these on `device`.
         step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
         use_mirroring: average over mirrored images, along the axes the checkpoint allows.
         perform_everything_on_device: keep image and logits on the GPU (CUDA only).
@@ -84,8 +90,7 @@ class LGSSLPredictor(nnUNetPredictor):
         verbose: bool = False,
         progress: bool = True,
     ):
-        check_precision(precision, device)
-        self.precision = precision
+        self.precision = resolve_precision(precision, device)
         # nnU-Net announces on stdout that CPUs keep the logits in RAM, which nobody asked it to do otherwise.
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             super().__init__(
@@ -180,16 +185,20 @@ class LGSSLPredictor(nnUNetPredictor):
         Args:
             cases: what to segment and where to write.
             save_probabilities: also write `<case>.npz` and `<case>.pkl`, as nnU-Net does for ensembles.
-            num_processes_preprocessing: worker processes that read and resample; 0 does it in this process.
-            num_processes_segmentation_export: worker processes that resample back and write; 0 does it here.
+            num_processes_preprocessing: worker processes that read and resample, at most one for each case after the
+                first, because they take seconds to start; 0 does it in this process.
+            num_processes_segmentation_export: workers that resample back and write, threads where export by slabs
+                leaves little to do, processes elsewhere; 0 does it here.
 
         Returns:
             The problem of each case that failed, by case name; empty when all are written.
         """
         failures: dict[str, str] = {}
         waiting: deque[tuple[Case, Future]] = deque()
-        with _executor(num_processes_preprocessing) as readers, _executor(num_processes_segmentation_export) as writers:
-            for case, future in self._preprocessed(cases, readers, 1 + num_processes_preprocessing):
+        num_readers = min(num_processes_preprocessing, len(cases) - 1)
+        writing = self._writers(num_processes_segmentation_export, save_probabilities)
+        with processes(num_readers) as readers, writing as writers:
+            for case, future in self._preprocessed(cases, readers, 1 + num_readers):
                 # Finished logits are the largest arrays of all: at most one per writer may wait in memory.
                 while len(waiting) > num_processes_segmentation_export:
                     _collect(*waiting.popleft(), failures)
@@ -201,6 +210,11 @@ class LGSSLPredictor(nnUNetPredictor):
                 _collect(*item, failures)
         compute_gaussian.cache_clear()
         return failures
+
+    def _writers(self, workers: int, save_probabilities: bool) -> Executor:
+        # A process would get a copy of the logits, the largest array of all.
+        in_threads = self._exports_by_slabs() and not save_probabilities and workers > 0
+        return ThreadPoolExecutor(workers) if in_threads else processes(workers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave network and weights behind when a worker process gets this object: it only writes files."""
@@ -232,7 +246,18 @@ class LGSSLPredictor(nnUNetPredictor):
         self, folder: Path, case: Case, results: dict[str, np.ndarray], properties: dict, save_probabilities: bool
     ) -> None:
         """Write into `folder` what `_infer` returned, resampled to the image's grid."""
-        if "logits" in results:
+        if "logits" not in results:
+            return
+        if self._exports_by_slabs() and not save_probabilities:
+            write_segmentation(
+                torch.from_numpy(results["logits"]),
+                properties,
+                self.configuration_manager,
+                self.plans_manager,
+                self.label_manager,
+                folder / f"{case.name}{self.dataset_json['file_ending']}",
+            )
+        else:
             export_prediction_from_logits(
                 results["logits"],
                 properties,
@@ -243,19 +268,13 @@ class LGSSLPredictor(nnUNetPredictor):
                 save_probabilities,
             )
 
-    def _internal_maybe_mirror_and_predict(self, x: Tensor) -> Tensor:
-        """Return the logits (B, C, *S) of windows (B, M, *S), averaged over mirrored copies; fp32 unless "stock"."""
-        if self.precision == "stock":
-            return super()._internal_maybe_mirror_and_predict(x)
-        axes = [axis + 2 for axis in (self.allowed_mirroring_axes or ())] if self.use_mirroring else []
-        mirrored = [flip for size in range(len(axes) + 1) for flip in itertools.combinations(axes, size)]
-        layout = self._memory_format(self.configuration_manager)
-        total = 0
-        with torch.inference_mode(), self._autocast():
-            for flip in mirrored:
-                logits = self.network(torch.flip(x, flip).contiguous(memory_format=layout))
-                total = total + torch.flip(logits.float(), flip)
-        return total / len(mirrored)
+    def _exports_by_slabs(self) -> bool:
+        return self.precision != "stock" and can_export_by_slabs(self.configuration_manager)
+
+    def _flips(self) -> list[tuple[int, ...]]:
+        """Return the spatial axes, counted from the front of a channel, that each mirrored copy flips."""
+        axes = (self.allowed_mirroring_axes or ()) if self.use_mirroring else ()
+        return [flip for size in range(len(axes) + 1) for flip in itertools.combinations(axes, size)]
 
     def _internal_predict_sliding_window_return_logits(
         self, data: Tensor, slicers: Sequence[tuple], do_on_device: bool = True
@@ -267,16 +286,27 @@ class LGSSLPredictor(nnUNetPredictor):
         window = compute_gaussian(tuple(self.configuration_manager.patch_size), dtype=torch.float32, device=device)
         logits = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
         weight = torch.zeros(data.shape[1:], device=device)
+        views = [(position, flip) for position in slicers for flip in self._flips()]
         with torch.inference_mode():
-            for position in tqdm(slicers, disable=not self.allow_tqdm):
-                patch = data[position][None].to(self.device)
-                logits[position] += self._internal_maybe_mirror_and_predict(patch)[0].to(device) * window
-                weight[position[1:]] += window
+            for start in tqdm(range(0, len(views), VIEWS_AT_ONCE), disable=not self.allow_tqdm):
+                some = views[start : start + VIEWS_AT_ONCE]
+                for (position, _), prediction in zip(some, self._predict_views(data, some), strict=True):
+                    logits[position] += prediction.to(device).mul_(window)
+                    weight[position[1:]] += window
         return logits.div_(weight)
 
+    def _predict_views(self, data: Tensor, views: Sequence[tuple[tuple, tuple[int, ...]]]) -> list[Tensor]:
+        """Return the logits (C, *S) in fp32 of mirrored windows of an image (M, X, Y, Z), mirrored back."""
+        patches = [torch.flip(data[position].to(self.device), _behind_channels(flip)) for position, flip in views]
+        batch = torch.stack(patches).contiguous(memory_format=self._memory_format(self.configuration_manager))
+        with self._autocast():
+            predictions = self.network(batch)
+        pairs = zip(predictions, views, strict=True)
+        return [torch.flip(prediction.float(), _behind_channels(flip)) for prediction, (_, flip) in pairs]
+
     def _autocast(self) -> AbstractContextManager:
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        if self.precision in _HALF:
+            return torch.autocast(self.device.type, dtype=_HALF[self.precision])
         # nnU-Net opens an fp16 autocast around the sliding window on CUDA; fp32 closes it again.
         return torch.autocast("cuda", enabled=False) if self.device.type == "cuda" else nullcontext()
 
@@ -284,25 +314,31 @@ class LGSSLPredictor(nnUNetPredictor):
         return preferred_memory_format(self.device, len(configuration_manager.patch_size))
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that is unknown or that `device` would only emulate.
+def _behind_channels(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(axis + 1 for axis in axes)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """Return the precision that is meant by "auto"; refuse one that is unknown or that `device` would only emulate.
 
     Raises:
         UsageError: with the precisions that work.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"--precision {precision} is unknown; use {', '.join(PRECISIONS)}.")
-    if precision != "bf16":
-        return
+    if precision == "auto":
+        return "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
     native = {
-        "cpu": cpu_has_bf16,
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-    }.get(device.type, lambda: False)
+        ("cuda", "fp16"): lambda: True,
+        ("cuda", "bf16"): lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        ("cpu", "bf16"): cpu_has_bf16,
+    }.get((device.type, precision), lambda: precision not in _HALF)
     if not native():
         raise UsageError(
-            f"--precision bf16: {device} has no bfloat16 arithmetic (emulated it is many times slower than fp32); "
-            "use --precision stock or fp32."
+            f"--precision {precision}: {device} does not compute in {_HALF[precision]} natively (emulated it is many "
+            "times slower than fp32); use --precision auto, fp32 or stock."
         )
+    return precision
 
 
 def _load_weights(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
@@ -377,7 +413,8 @@ class _InProcess(Executor):
         return future
 
 
-def _executor(workers: int) -> Executor:
+def processes(workers: int) -> Executor:
+    """Return an executor with so many processes; with 0, one that works in this process."""
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 0 else _InProcess()
 
 

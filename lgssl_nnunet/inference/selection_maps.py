@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.nn import functional
 
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
-from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, processes
 from lgssl_nnunet.inference.selection_overlay import draw_selection
 
 FOLDER = "selection_maps"
@@ -92,6 +93,9 @@ class SelectionMapPredictor(LGSSLPredictor):
             self.allowed_mirroring_axes,
         )
         self._maps.label_manager = one_channel()
+
+    def _writers(self, workers: int, save_probabilities: bool) -> Executor:
+        return processes(workers)  # pictures are slow to draw, and matplotlib knows no threads
 
     def _infer(self, case: Case, data: np.ndarray, properties: dict) -> tuple[dict[str, np.ndarray], dict]:
         results, properties = super()._infer(case, data, properties)

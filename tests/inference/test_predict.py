@@ -42,13 +42,13 @@ def test_a_folder_is_segmented_in_the_geometry_of_its_images(trained, images, tm
 
 def test_the_output_folder_says_what_made_it(trained, images, tmp_path, predict_here, caplog):
     with caplog.at_level("INFO"):
-        predict_here(images, tmp_path / "out", disable_tta=True)
+        predict_here(images, tmp_path / "out", disable_tta=True, precision="fp32")
     assert "Model: Dataset501_Tiny nnUNetTrainer LGSSLCPUPlans 3d_fullres, fold 0" in caplog.text
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"a.nii.gz", "b.nii.gz", RECORD, *NNUNET_FILES}
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["model"]["trainer"] == "nnUNetTrainer"
     assert record["model"]["folds"] == ["0"]
-    assert record["settings"] == {"precision": "stock", "step_size": 0.5, "mirroring_axes": []}
+    assert record["settings"] == {"precision": "fp32", "step_size": 0.5, "mirroring_axes": []}
     assert {"lgssl_nnunet", "nnunetv2", "torch"} <= set(record["versions"])
 
 

@@ -54,23 +54,31 @@ def test_stock_precision_gives_nnunets_voxels_and_probabilities(model_maker, ima
         assert np.array_equal(*[np.load(tmp_path / who / f"{name}.npz")["probabilities"] for who in ("ours", "theirs")])
 
 
-def test_fp32_logits_equal_a_plain_loop_over_windows_and_mirrors(one_fold):
+@pytest.mark.parametrize("use_mirroring", [True, False])
+@pytest.mark.parametrize("views", [1, 2, 3, 100])
+def test_fp32_logits_equal_a_plain_loop_over_windows_and_mirrors(views, use_mirroring, one_fold, monkeypatch):
+    monkeypatch.setattr(module, "VIEWS_AT_ONCE", views)
     folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
-    predictor = load(folder, precision="fp32")
-    image = torch.randn(1, 16, 16, 24)
-    flips = [f for n in range(4) for f in itertools.combinations((2, 3, 4), n)]
+    predictor = load(folder, precision="fp32", use_mirroring=use_mirroring)
+    image = torch.randn(1, 16, 16, 32)
+    flips = [f for n in range(4) for f in itertools.combinations((2, 3, 4), n)] if use_mirroring else [()]
     network = predictor.network.eval()
     window = module.compute_gaussian((16, 16, 16), dtype=torch.float32, device=CPU)
-    total, weight = torch.zeros(3, 16, 16, 24), torch.zeros(16, 16, 24)
+    total, weight = torch.zeros(3, 16, 16, 32), torch.zeros(16, 16, 32)
+    batches = []
+    network.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     with torch.no_grad():
-        for start in (0, 8):
+        for start in (0, 8, 16):
             patch = image[None, ..., start : start + 16]
             mean = sum(network(patch.flip(flip)).flip(flip) for flip in flips)[0] / len(flips)
             total[..., start : start + 16] += mean * window
             weight[..., start : start + 16] += window
+    batches.clear()
     logits = predictor.predict_logits_from_preprocessed_data(image)
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, total / weight, atol=1e-5)
+    assert sum(batches) == 3 * len(flips)
+    assert set(batches[:-1]) <= {views}
 
 
 def test_fp32_is_near_stock(one_fold):
@@ -106,7 +114,7 @@ def test_an_empty_list_of_mirroring_axes_means_no_mirroring(model_maker):
 def test_bf16_is_refused_where_it_is_emulated_and_near_fp32_where_it_is_not(one_fold, monkeypatch):
     folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
     monkeypatch.setattr(module, "cpu_has_bf16", lambda: False)
-    with pytest.raises(UsageError, match="cpu has no bfloat16 arithmetic"):
+    with pytest.raises(UsageError, match=r"cpu does not compute in torch\.bfloat16 natively"):
         load(folder, precision="bf16")
     monkeypatch.setattr(module, "cpu_has_bf16", lambda: True)
     image = torch.randn(1, 16, 16, 16)
@@ -116,8 +124,56 @@ def test_bf16_is_refused_where_it_is_emulated_and_near_fp32_where_it_is_not(one_
     assert torch.allclose(bf16, fp32, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "expected"),
+    [("cpu", True, "bf16"), ("cpu", False, "fp32"), ("cuda", False, "fp16"), ("mps", True, "fp32")],
+)
+def test_auto_is_the_fastest_that_the_device_computes_natively(device, has_bf16, expected, monkeypatch):
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: has_bf16)
+    assert module.resolve_precision("auto", torch.device(device)) == expected
+
+
+def test_fp16_is_for_cuda_alone():
+    assert module.resolve_precision("fp16", torch.device("cuda")) == "fp16"
+    for device in ("cpu", "mps"):
+        with pytest.raises(UsageError, match=rf"--precision fp16: {device} does not compute in torch\.float16"):
+            module.resolve_precision("fp16", torch.device(device))
+
+
+def test_export_by_slabs_writes_what_nnunets_export_writes(model_maker, images, tmp_path, monkeypatch):
+    folder = model_maker(folds=(0, 1))
+    written = []
+    monkeypatch.setattr(module, "write_segmentation", lambda *a, own=module.write_segmentation: written.append(own(*a)))
+    for who, slabs in (("slabs", True), ("nnunet", False)):
+        monkeypatch.setattr(module, "can_export_by_slabs", lambda _, slabs=slabs: slabs)
+        assert load(folder, (0, 1), precision="fp32").predict_files(cases_in(images, tmp_path / who)) == {}
+    assert len(written) == 2
+    for name in "ab":
+        ours, theirs = (voxels(tmp_path / who / f"{name}.nii.gz") for who in ("slabs", "nnunet"))
+        assert len(np.unique(ours)) > 1
+        assert (ours != theirs).mean() <= 1e-4
+
+
+def test_probabilities_and_stock_precision_take_nnunets_export(one_fold, images, tmp_path, monkeypatch):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    monkeypatch.setattr(module, "write_segmentation", lambda *_: pytest.fail("slabs"))
+    cases = cases_in(images, tmp_path)
+    assert load(folder, precision="fp32").predict_files(cases, save_probabilities=True) == {}
+    assert load(folder, precision="stock").predict_files(cases) == {}
+
+
+@pytest.mark.parametrize(("cases", "workers", "started"), [(1, 3, 0), (2, 3, 1), (5, 3, 3), (5, 0, 0)])
+def test_no_worker_is_started_that_has_nothing_to_do(cases, workers, started, one_fold, monkeypatch, tmp_path):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    asked, some = [], [Case(str(n), (), tmp_path / f"{n}.nii.gz") for n in range(cases)]
+    monkeypatch.setattr(module, "processes", lambda workers: asked.append(workers) or module._InProcess())
+    predictor = load(folder, precision="fp32")
+    predictor.predict_files(some, num_processes_preprocessing=workers, num_processes_segmentation_export=0)
+    assert asked == [0, started]
+
+
 def test_an_unknown_precision_names_the_known_ones():
-    with pytest.raises(UsageError, match="use stock, fp32, bf16"):
+    with pytest.raises(UsageError, match="use auto, stock, fp32, bf16, fp16"):
         LGSSLPredictor(CPU, precision="half")
 
 
@@ -153,7 +209,7 @@ def test_cases_that_a_dead_worker_left_undone_are_named_with_the_remedy(one_fold
         def submit(self, *arguments):
             raise BrokenProcessPool
 
-    monkeypatch.setattr(module, "_executor", lambda workers: Dead())
+    monkeypatch.setattr(module, "processes", lambda workers: Dead())
     folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
     failures = load(folder).predict_files(cases_in(images, tmp_path / "out"))
     assert list(failures) == ["a", "b"]

@@ -126,7 +126,7 @@ def test_a_map_of_one_patch_is_the_networks_own_at_its_place_in_the_image(
     patch = np.random.default_rng(1).uniform(1, 2, (16, 16, 16)).astype(np.float32)
     image[1:17, 3:19, 2:18] = patch
     save(tmp_path / "in" / "a_0000.nii.gz", image, OBLIQUE, spacing)
-    predict_here(tmp_path / "in", tmp_path / "out", save_selection_maps=True)
+    predict_here(tmp_path / "in", tmp_path / "out", save_selection_maps=True, precision="fp32")
     normalised = torch.from_numpy((patch - patch.mean()) / patch.std()).permute(axes)
     expected = np.zeros_like(image)
     expected[1:17, 3:19, 2:18] = enlarged(network(folder), normalised[None, None]).transpose(np.argsort(axes))
@@ -206,7 +206,8 @@ def test_two_dimensional_models_make_maps_of_volumes_and_of_planes(
     predict_here(volume, tmp_path / "out", save_selection_maps=True)
     require_same_geometry(tmp_path / "out" / "selection_maps" / "a.nii.gz", volume)
     plane = image_maker(tmp_path / "plane" / "b_0000.nii.gz", size=(16, 16))
-    predict_here(plane, tmp_path / "out", save_selection_maps=True, disable_tta=True, overwrite=True)
+    options = {"disable_tta": True, "overwrite": True, "precision": "fp32"}
+    predict_here(plane, tmp_path / "out", save_selection_maps=True, **options)
     file = tmp_path / "out" / "selection_maps" / "b.nii.gz"
     require_same_geometry(file, plane)
     image = voxels(plane)

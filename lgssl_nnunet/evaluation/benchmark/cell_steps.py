@@ -210,6 +210,7 @@ def predict_test_cases(cell: Cell, model: Path, prediction: Path, execution: Exe
         checkpoint=FINAL_CHECKPOINT,
         num_processes_preprocessing=execution.num_processes,
         num_processes_segmentation_export=execution.num_processes,
+        precision="stock",  # the same on every machine, whatever auto chooses
         device=execution.device,
         progress=execution.progress,
     )
