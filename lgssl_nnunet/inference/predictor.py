@@ -198,7 +198,7 @@ class LGSSLPredictor(nnUNetPredictor):
         num_readers = min(num_processes_preprocessing, len(cases) - 1)
         writing = self._writers(num_processes_segmentation_export, save_probabilities)
         with processes(num_readers) as readers, writing as writers:
-            for case, future in self._preprocessed(cases, readers, 1 + num_readers):
+            for case, future in self._preprocessed(cases, readers, num_readers):
                 # Finished logits are the largest arrays of all: at most one per writer may wait in memory.
                 while len(waiting) > num_processes_segmentation_export:
                     _collect(*waiting.popleft(), failures)
@@ -223,12 +223,17 @@ class LGSSLPredictor(nnUNetPredictor):
     def _preprocessed(
         self, cases: Sequence[Case], readers: Executor, ahead: int
     ) -> Iterator[tuple[Case, Future[tuple[np.ndarray, dict]]]]:
-        """Yield cases in order with their preprocessing under way, at most `ahead` of them at a time."""
-        waiting: deque[tuple[Case, Future]] = deque()
-        for case in cases:
+        """Yield cases in order with the preprocessing of at most `ahead` later ones under way.
+
+        The first case is preprocessed in this process, while the workers start.
+        """
+        later = iter(cases[1:])
+        waiting = deque((case, _submit(readers, _preprocess, self, case)) for case in itertools.islice(later, ahead))
+        for case in cases[:1]:
+            yield case, _submit(_InProcess(), _preprocess, self, case)
+        for case in later:
             waiting.append((case, _submit(readers, _preprocess, self, case)))
-            if len(waiting) >= ahead:
-                yield waiting.popleft()
+            yield waiting.popleft()
         yield from waiting
 
     def _infer(self, case: Case, data: np.ndarray, properties: dict) -> tuple[dict[str, np.ndarray], dict]:

@@ -260,3 +260,22 @@ def test_an_unknown_trainer_is_refused(model_maker):
 def test_a_cascade_is_refused(model_maker):
     with pytest.raises(UsageError, match="second stage of a cascade"):
         load(model_maker(configuration="3d_cascade_fullres"))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2, 7])
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_cases_come_in_order_and_the_first_is_not_left_to_a_worker(number, ahead, one_fold, monkeypatch, tmp_path):
+    class Reader(module._InProcess):
+        def submit(self, function, predictor, case):
+            submitted.append(case.name)
+            return super().submit(function, predictor, case)
+
+    submitted, some = [], [Case(str(n), (), tmp_path / f"{n}.nii.gz") for n in range(number)]
+    monkeypatch.setattr(module, "_preprocess", lambda _, case: case.name)
+    predictor = load(one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres")
+    seen = []
+    for position, (case, future) in enumerate(predictor._preprocessed(some, Reader(), ahead)):
+        seen.append((case.name, future.result()))
+        assert len(submitted) <= position + max(ahead, 1)
+    assert seen == [(str(n), str(n)) for n in range(number)]
+    assert submitted == [str(n) for n in range(1, number)]
