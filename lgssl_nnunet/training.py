@@ -40,6 +40,7 @@ def train(
     seed: int | None = None,
     hyperparameters: Mapping[str, Any] | None = None,
     pretrained_weights: Path | str | None = None,
+    trust_checkpoint: bool = False,
     continue_training: bool = False,
     only_validate: bool = False,
     validate_best: bool = False,
@@ -66,6 +67,7 @@ def train(
         seed: training seed (initialisation, batches, dropout).
         hyperparameters: values of the method's hyper-parameters by name.
         pretrained_weights: checkpoint whose weights start the training (segmentation layers excepted).
+        trust_checkpoint: read pretrained weights from a file that holds more than tensors and numbers.
         continue_training: go on from the newest checkpoint of this run.
         only_validate: skip training and run the final validation.
         validate_best: use checkpoint_best.pth for the final validation.
@@ -99,6 +101,7 @@ def train(
     if num_gpus > 1:
         _check_trainer(trainer_class, used_plans, configuration, fold, dataset_folder)
         _write_plans(dataset_folder, used_plans, base_plans)
+        flags = (export_probabilities, continue_training, only_validate, disable_checkpointing, validate_best)
         _train_distributed(
             dataset_folder.name,
             configuration,
@@ -107,17 +110,13 @@ def train(
             used_plans["plans_name"],
             pretrained_weights,
             num_gpus,
-            export_probabilities,
-            continue_training,
-            only_validate,
-            disable_checkpointing,
-            validate_best,
+            *flags,
         )
         return model_folder
     run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, device)
     _write_plans(dataset_folder, used_plans, base_plans)
     run.disable_checkpointing, run.show_progress = disable_checkpointing, progress
-    _load_weights(run, continue_training, only_validate, pretrained_weights)
+    _load_weights(run, continue_training, only_validate, pretrained_weights, trust_checkpoint)
     _run_training(run, only_validate)
     _validate(run, fold, only_validate, validate_best, export_probabilities)
     return model_folder
@@ -417,13 +416,17 @@ def _build(
 
 
 def _load_weights(
-    run: SemiSupervisedTrainer, continue_training: bool, only_validate: bool, pretrained_weights: Path | str | None
+    run: SemiSupervisedTrainer,
+    continue_training: bool,
+    only_validate: bool,
+    pretrained_weights: Path | str | None,
+    trust_checkpoint: bool = False,
 ) -> None:
     if pretrained_weights is not None:
         from lgssl_nnunet.engine.pretrained import load_pretrained
 
         run.initialize()
-        load_pretrained(run.network, pretrained_weights)
+        load_pretrained(run.network, pretrained_weights, trust_checkpoint)
         return
     if not (continue_training or only_validate):
         return

@@ -30,6 +30,7 @@ from lgssl_nnunet.dataset_conversion.twins import without_twins
 from lgssl_nnunet.engine import hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
+from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.engine.clipping import clip_gradients
 from lgssl_nnunet.engine.labels import annotated, one_hot
 from lgssl_nnunet.engine.logs import TermLog
@@ -542,12 +543,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def to_batches(self, batch: dict) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         """Move a batch of the loaders to the device, in the memory layout that the device prefers."""
-        labeled = LabeledBatch(self._image(batch["data"]), self._to_device(batch["target"]), tuple(batch["keys"]))
+        labeled = LabeledBatch(
+            self._image(batch["data"]), self._to_device(batch["target"]), tuple(map(str, batch["keys"]))
+        )
         if "unlabeled_data" not in batch:
             return labeled, None
         views = {name: self._image(view) for name, view in split_views(batch["unlabeled_data"], self.views).items()}
         target = self._to_device(batch["unlabeled_target"]) if "unlabeled_target" in batch else None
-        return labeled, UnlabeledBatch(views.get("weak"), views.get("strong"), tuple(batch["unlabeled_keys"]), target)
+        return labeled, UnlabeledBatch(
+            views.get("weak"), views.get("strong"), tuple(map(str, batch["unlabeled_keys"])), target
+        )
 
     def _to_device(self, scales: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(scales, list):
@@ -640,10 +645,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         }
         write_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Restore everything that `save_checkpoint` wrote."""
+        # First, because nnU-Net's method runs whatever the file asks for.
+        state = read_checkpoint(Path(filename_or_checkpoint), device=self.device).get("lgssl")
         super().load_checkpoint(filename_or_checkpoint)
-        state = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False).get("lgssl")
         if state is None:
             raise CheckpointError(f"{filename_or_checkpoint} was not written by {type(self).__name__}.")
         for name, part in self._stateful_parts().items():

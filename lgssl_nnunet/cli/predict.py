@@ -84,6 +84,12 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file name of the checkpoint (default: %(default)s)",
     )
+    group.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="read a checkpoint that holds more than tensors and numbers, and run what it asks for: only if you trust "
+        "its source like a program's",
+    )
     group.add_argument("-m", metavar="MODEL_FOLDER", help="folder with plans.json and fold_*, instead of -d -p -tr -c")
     group.add_argument(
         "-prev_stage_predictions", metavar="FOLDER", help="not supported: cascades are refused, use nnUNetv2_predict"
@@ -165,6 +171,7 @@ def _run(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.chk,
         model_folder=arguments.m,
         precision=arguments.precision,
+        trust_checkpoint=arguments.trust_checkpoint,
         step_size=arguments.step_size,
         disable_tta=arguments.disable_tta,
         save_probabilities=arguments.save_probabilities,

@@ -48,6 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="hyper-parameter of the method, listed in docs/trainers.md; may be repeated: --set dropout=0.2 --set ...",
     )
+    parser.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="take -pretrained_weights also from a file that holds more than tensors and numbers, and run what it asks "
+        "for: only if you trust its source like a program's",
+    )
     parser.add_argument("-pretrained_weights", default=None, help="checkpoint file whose weights start the training")
     parser.add_argument("-num_gpus", type=int, default=1, help="number of GPUs (default 1)")
     parser.add_argument("--npz", action="store_true", help="save the final validation's probabilities as .npz")
@@ -113,6 +119,7 @@ def _run(args: argparse.Namespace) -> None:
         seed=args.seed,
         hyperparameters=parse_settings(args.set),
         pretrained_weights=args.pretrained_weights,
+        trust_checkpoint=args.trust_checkpoint,
         continue_training=args.c,
         only_validate=args.val,
         validate_best=args.val_best,

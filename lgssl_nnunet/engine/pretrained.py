@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _BOUND_TO_CLASSES = (".seg_layers.", ".prompts.learnable", ".prompts.tokens.0.")
 
 
-def load_pretrained(network: nn.Module, file: Path | str) -> int:
+def load_pretrained(network: nn.Module, file: Path | str, trust: bool = False) -> int:
     """Copy every weight of a checkpoint that the network has under the same name and in the same shape.
 
     Segmentation layers and learnable prompts stay as they are: they stand for other classes. So does what is lacking,
@@ -30,14 +30,15 @@ def load_pretrained(network: nn.Module, file: Path | str) -> int:
     Args:
         network: the network, compiled or not.
         file: a checkpoint of nnU-Net or of this package.
+        trust: as for `read_checkpoint`.
 
     Returns:
         The number of tensors taken, each counted once (nnU-Net's networks list shared tensors under several names).
 
     Raises:
-        CheckpointError: the file is no checkpoint, or none of its convolutions fits an encoder of the network.
+        CheckpointError: as `read_checkpoint`, or none of its convolutions fits an encoder of the network.
     """
-    source = read_checkpoint(Path(file), "network_weights")["network_weights"]
+    source = read_checkpoint(Path(file), "network_weights", trust=trust)["network_weights"]
     network = network._orig_mod if isinstance(network, OptimizedModule) else network
     # Buffers stay: prompt embeddings belong to the plans of this training.
     own = {

@@ -69,6 +69,7 @@ def predict(
     part_id: int = 0,
     device: str | torch.device | None = None,
     not_on_device: bool = False,
+    trust_checkpoint: bool = False,
     prev_stage_predictions: str | Path | None = None,
     verbose: bool = False,
     progress: bool = True,
@@ -106,6 +107,7 @@ def predict(
         part_id: which part this call is, from 0.
         device: cpu, cuda, cuda:1 or mps; by default the best there is.
         not_on_device: keep the logits in RAM instead of GPU memory.
+        trust_checkpoint: read a checkpoint that holds more than tensors and numbers, and run what it asks for.
         prev_stage_predictions: refused; cascades are not supported.
         verbose: let nnU-Net print what it does.
         progress: show a bar per image (only on a terminal).
@@ -136,7 +138,7 @@ def predict(
         verbose=verbose,
         progress=progress and sys.stderr.isatty(),
     )
-    predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint)
+    predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint)
     records = _records(chosen, predictor)
     _check_output(output, cases, records, overwrite, continue_prediction, save_selection_maps)
     todo = _unfinished(cases, save_probabilities, save_selection_maps) if continue_prediction else cases

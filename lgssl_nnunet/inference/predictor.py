@@ -38,6 +38,8 @@ from lgssl_nnunet.registry import find_trainer
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "stock", "fp32", "bf16", "fp16")
+_KNOWN_CLASSES = ("torch.nn.", "dynamic_network_architectures.")
+_NEEDED = ("trainer_name", "init_args", "network_weights")
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 VIEWS_AT_ONCE = 2
@@ -104,7 +106,11 @@ class LGSSLPredictor(nnUNetPredictor):
             )
 
     def load_model(
-        self, folder: str | Path, folds: Sequence[int | str], checkpoint_name: str = FINAL_CHECKPOINT
+        self,
+        folder: str | Path,
+        folds: Sequence[int | str],
+        checkpoint_name: str = FINAL_CHECKPOINT,
+        trust: bool = False,
     ) -> None:
         """Build the network of a model folder and load the weights of its folds, whose logits are averaged.
 
@@ -112,9 +118,11 @@ class LGSSLPredictor(nnUNetPredictor):
             folder: a model folder of nnU-Net's layout.
             folds: the folds to use.
             checkpoint_name: the checkpoint's file name.
+            trust: as for `read_checkpoint`.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or the weights do not fit the network.
+            CheckpointError: a file is missing or damaged or holds more than numbers, the plans name a class that is no
+                network's, or the weights do not fit the network.
             UsageError: the trainer is unknown, or the configuration is a cascade.
         """
         folder = Path(folder)
@@ -124,9 +132,10 @@ class LGSSLPredictor(nnUNetPredictor):
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{missing[0]} is missing; choose folds with -f or a checkpoint with -chk.")
-        checkpoints = [read_checkpoint(file, "trainer_name", "init_args", "network_weights") for file in files]
+        checkpoints = [read_checkpoint(file, *_NEEDED, trust=trust) for file in files]
         trainer_name = checkpoints[0]["trainer_name"]
         configuration_manager = _configuration(plans_manager, checkpoints[0]["init_args"]["configuration"], folder)
+        _require_known_classes(configuration_manager, folder / "plans.json")
         network = find_trainer(trainer_name).build_network_architecture(
             plans_manager,
             configuration_manager,
@@ -344,6 +353,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             "times slower than fp32); use --precision auto, fp32 or stock."
         )
     return precision
+
+
+def _require_known_classes(configuration_manager: ConfigurationManager, file: Path) -> None:
+    """Refuse plans that would import anything but networks and layers: nnU-Net imports whatever they name."""
+    options = configuration_manager.network_arch_init_kwargs
+    layers = [options[key] for key in configuration_manager.network_arch_init_kwargs_req_import if options.get(key)]
+    names = [str(name) for name in (configuration_manager.network_arch_class_name, *layers)]
+    foreign = [name for name in names if not name.startswith(_KNOWN_CLASSES)]
+    if foreign:
+        raise CheckpointError(
+            f"{file} builds its network from {', '.join(foreign)}, which is no class of torch.nn or "
+            "dynamic_network_architectures: ask for a model that was planned by nnU-Net or lgssl_plan_and_preprocess."
+        )
 
 
 def _load_weights(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:

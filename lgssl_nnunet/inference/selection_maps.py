@@ -67,14 +67,18 @@ class SelectionMapPredictor(LGSSLPredictor):
         self._maps = LGSSLPredictor(device, **{**options, "precision": precision})
 
     def load_model(
-        self, folder: str | Path, folds: Sequence[int | str], checkpoint_name: str = FINAL_CHECKPOINT
+        self,
+        folder: str | Path,
+        folds: Sequence[int | str],
+        checkpoint_name: str = FINAL_CHECKPOINT,
+        trust: bool = False,
     ) -> None:
         """Load a model as `LGSSLPredictor` does.
 
         Raises:
             UsageError: the model fuses no prompts, so it has no selection map.
         """
-        super().load_model(folder, folds, checkpoint_name)
+        super().load_model(folder, folds, checkpoint_name, trust)
         network = getattr(self.network, "_orig_mod", self.network)  # torch.compile wraps it
         if not hasattr(network, "selection") or network.prompts is None:
             raise UsageError(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +45,50 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
         read_checkpoint(tmp_path / "cut.pth")
     with pytest.raises(CheckpointError, match=r"none\.pth is missing"):
         read_checkpoint(tmp_path / "none.pth")
+
+
+class RunsSomething:
+    """An object whose reading writes a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_nothing_that_a_file_asks_for_is_run(tmp_path):
+    torch.save({"network_weights": RunsSomething(tmp_path / "ran")}, tmp_path / "a.pth")
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth holds more than tensors and numbers \(.*pathlib\..*--trust_check"
+    ):
+        read_checkpoint(tmp_path / "a.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_trusted_file_is_read_with_a_warning(tmp_path, caplog):
+    torch.save({"network_weights": RunsSomething(tmp_path / "ran")}, tmp_path / "a.pth")
+    read_checkpoint(tmp_path / "a.pth", trust=True)
+    assert (tmp_path / "ran").exists()
+    assert "because you trust it" in caplog.text
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["now", "before numpy 2"])
+def test_numpy_numbers_are_read_under_their_name_of_either_numpy(tmp_path, old):
+    values = [np.float32(1.5), np.float64(2.5), np.int64(3), np.bool_(True), np.float16(0.5)]
+    torch.save({"logging": values}, tmp_path / "a.pth")
+    if old:
+        rename_numpy(tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")["logging"]
+    assert found == values
+    assert [type(value) for value in found] == [type(value) for value in values]
+
+
+def rename_numpy(file):
+    """Give numpy's module the name that it has in files from before numpy 2."""
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
+    assert b"numpy.core" in b"".join(zipfile.ZipFile(file).read(name) for name in entries)

@@ -51,6 +51,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path):
         "part_id": 6,
         "device": torch.device("cpu"),
         "not_on_device": True,
+        "trust_checkpoint": True,
         "prev_stage_predictions": "STAGE",
         "verbose": True,
         "progress": False,
@@ -59,7 +60,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path):
         "-i IMAGES -o OUT -d 501 -c 2d -f 0 all -p PLANS -tr TRAINER -chk checkpoint_best.pth -m MODEL "
         "--precision fp32 -step_size 0.25 --disable_tta --save_probabilities --save_selection_maps "
         "--continue_prediction --overwrite -npp 4 -nps 5 -num_parts 7 -part_id 6 -device cpu --not_on_device "
-        "-prev_stage_predictions STAGE --verbose --disable_progress_bar"
+        "--trust_checkpoint -prev_stage_predictions STAGE --verbose --disable_progress_bar"
     )
     assert command.main(words.split()) == 0
     assert seen == expected

@@ -279,3 +279,24 @@ def test_cases_come_in_order_and_the_first_is_not_left_to_a_worker(number, ahead
         assert len(submitted) <= position + max(ahead, 1)
     assert seen == [(str(n), str(n)) for n in range(number)]
     assert submitted == [str(n) for n in range(1, number)]
+
+
+@pytest.mark.parametrize("where", ["network_class_name", "norm_op"])
+def test_plans_that_name_anything_but_networks_and_layers_are_refused(where, model_maker):
+    folder = model_maker()
+    plans = json.loads((folder / "plans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    (architecture if where == "network_class_name" else architecture["arch_kwargs"])[where] = "shutil.rmtree"
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(CheckpointError, match=r"plans\.json builds its network from shutil\.rmtree"):
+        load(folder)
+
+
+def test_a_checkpoint_that_would_run_something_is_refused_and_read_when_trusted(model_maker):
+    folder = model_maker()
+    file = folder / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    torch.save({**checkpoint, "extra": itertools.count()}, file)
+    with pytest.raises(CheckpointError, match=r"holds more than tensors and numbers \(itertools\.count\)"):
+        load(folder)
+    LGSSLPredictor(CPU, progress=False).load_model(folder, [0], trust=True)
