@@ -5,7 +5,7 @@
 
 The forms take turns on the same batches, forwards in one round and backwards in the next; the ratio is the median over
 rounds of the ratio of medians within a round. A step is all of `train_step`, without the loader. A prediction is the
-network's forward pass on one patch as `lgssl_predict` makes it (eval, first decoder, full resolution only), 4 per
+network's forward pass as `lgssl_predict` makes it (two views, eval, first decoder, full resolution only), 4 per
 measurement. Peers in the call are compared with the first form, `prompt_mode=none`. Nothing is written to
 nnUNet_results.
 """
@@ -23,6 +23,7 @@ from step_cost import Subject, prepare, ratio, seconds_of
 
 from lgssl_nnunet.files import environment
 from lgssl_nnunet.inference.device import choose_device
+from lgssl_nnunet.inference.predictor import VIEWS_AT_ONCE
 
 WITHOUT = "LGSSLTrainer:prompt_mode=none"
 FORMS = [
@@ -35,9 +36,9 @@ PREDICTIONS = 4
 
 
 def predict(subject: Subject, number: int) -> None:
-    """Run the network on single patches as for prediction, and leave it as for training."""
+    """Run the network on as many patches as for prediction, and leave it as for training."""
     trainer = subject.trainer
-    image = trainer.to_batches(subject.batches[number % len(subject.batches)])[0].image[:1]
+    image = trainer.to_batches(subject.batches[number % len(subject.batches)])[0].image[:VIEWS_AT_ONCE]
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
     with torch.inference_mode(), trainer.autocast():
