@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+_WITHOUT_IT = "Move it away; --c then goes on from the next checkpoint in its folder, and starts anew without one."
 PLUGIN_FOLDER = Path(__file__).parent / "nnunet_plugin"
 
 
@@ -444,13 +445,14 @@ def _load_weights(
 def _load_checkpoint(run: SemiSupervisedTrainer, checkpoint: Path) -> None:
     try:
         run.load_checkpoint(str(checkpoint))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_WITHOUT_IT}") from error
     except LGSSLError:
         raise
-    except Exception as error:  # a damaged file fails in as many ways as zip, pickle and torch have errors
+    except Exception as error:  # weights that do not fit fail in as many ways as networks and optimisers have parts
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{checkpoint} cannot be loaded ({reason}): it is damaged, or of another network. Move it away; --c then "
-            "goes on from the next checkpoint in its folder, and starts anew without one."
+            f"{checkpoint} cannot be loaded ({reason}): it is of another network. {_WITHOUT_IT}"
         ) from error
 
 

@@ -204,7 +204,7 @@ class LGSSLPredictor(nnUNetPredictor):
         """
         failures: dict[str, str] = {}
         waiting: deque[tuple[Case, Future]] = deque()
-        num_readers = min(num_processes_preprocessing, len(cases) - 1)
+        num_readers = max(0, min(num_processes_preprocessing, len(cases) - 1))
         writing = self._writers(num_processes_segmentation_export, save_probabilities)
         with processes(num_readers) as readers, writing as writers:
             for case, future in self._preprocessed(cases, readers, num_readers):

@@ -162,7 +162,7 @@ def test_probabilities_and_stock_precision_take_nnunets_export(one_fold, images,
     assert load(folder, precision="stock").predict_files(cases) == {}
 
 
-@pytest.mark.parametrize(("cases", "workers", "started"), [(1, 3, 0), (2, 3, 1), (5, 3, 3), (5, 0, 0)])
+@pytest.mark.parametrize(("cases", "workers", "started"), [(0, 3, 0), (1, 3, 0), (2, 3, 1), (5, 3, 3), (5, 0, 0)])
 def test_no_worker_is_started_that_has_nothing_to_do(cases, workers, started, one_fold, monkeypatch, tmp_path):
     folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
     asked, some = [], [Case(str(n), (), tmp_path / f"{n}.nii.gz") for n in range(cases)]

@@ -197,7 +197,7 @@ def test_a_cut_off_checkpoint_is_a_sentence_with_the_way_out(name, options, trai
     if name == "checkpoint_latest.pth":
         (fold / "checkpoint_final.pth").unlink()
     (fold / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=rf"{name} cannot be loaded .*it is damaged.* Move it away"):
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read .*it is damaged.* Move it away"):
         train_tiny(epochs=1, **options)
 
 
