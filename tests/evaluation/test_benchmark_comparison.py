@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import wilcoxon
 
-from lgssl_nnunet.evaluation.benchmark.comparison import broken_rules, gap_closed, holm, over_seeds, paired_tests
+from lgssl_nnunet.evaluation.benchmark.comparison import broken_rules, gains, gap_closed, holm, over_seeds, paired_tests
 from lgssl_nnunet.evaluation.benchmark.results import Results, class_means, metric_columns
 
 SUPERVISED, METHOD, OTHER = "SupervisedTrainer", "LGSSLTrainer", "MCFTrainer"
@@ -47,6 +47,29 @@ def test_mean_and_sample_deviation_are_over_seeds_not_over_cases():
 
 def test_one_seed_has_no_deviation():
     assert math.isnan(over_seeds(one_class(METHOD, 0, 0.5), "dice")["std"].loc[("4", METHOD), "mean"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- gain
+
+
+def test_the_gain_is_over_the_seeds_that_method_and_baseline_have():
+    cases = pd.concat(
+        [
+            *(one_class(SUPERVISED, seed, value) for seed, value in ((0, 0.60), (1, 0.70), (2, 0.00))),
+            *(one_class(METHOD, seed, value) for seed, value in ((0, 0.70), (1, 0.74), (3, 0.99))),
+            one_class(OTHER, 1, 0.65),
+            one_class(SUPERVISED, 0, 0.84, budget="all", labeled=10),
+        ]
+    )
+    found = gains(cases)
+    assert set(found) == {("4", METHOD), ("4", OTHER)}
+    assert found["4", METHOD] == pytest.approx((0.07, 0.06 / math.sqrt(2)))
+    assert found["4", OTHER] == pytest.approx((-0.05, math.nan), nan_ok=True)
+
+
+def test_there_is_no_gain_without_a_common_seed():
+    found = gains(pd.concat([one_class(METHOD, 0, 0.7), one_class(SUPERVISED, 1, 0.6)]))
+    assert all(math.isnan(value) for value in found["4", METHOD])
 
 
 # ----------------------------------------------------------------------------------------------------- share of the gap

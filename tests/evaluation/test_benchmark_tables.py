@@ -76,13 +76,13 @@ def test_the_page_shows_means_spread_gap_and_test(folder):
     lines = (folder / "results.md").read_text().splitlines()
     # Dice of a class: mean of 0.5 + 0.02 and 0.5, 0.01 more with seed 1; the other class 0.1 below the first case.
     assert (
-        "| labels | method | seeds | Dice liver | Dice NA | Dice mean | gap closed | p (Holm) | training [min] |"
+        "| labels | method | seeds | Dice liver | Dice NA | Dice mean | gain | gap closed | p (Holm) | training [min] |"
         in lines
     )
-    assert "| 4 | SupervisedTrainer | 2 | 51.5 ± 0.7 | 40.5 ± 0.7 | 46.0 ± 0.7 | - | - | 2 |" in lines
+    assert "| 4 | SupervisedTrainer | 2 | 51.5 ± 0.7 | 40.5 ± 0.7 | 46.0 ± 0.7 | - | - | - | 2 |" in lines
     # Only seed 0 has all three: (0.1) / (0.2).
-    assert "| 4 | LGSSLTrainer | 2 | 61.5 ± 0.7 | 50.5 ± 0.7 | 56.0 ± 0.7 | 50 % | 0.500 | 2 |" in lines
-    assert "| all (10) | SupervisedTrainer | 1 | 71.0 | 60.0 | 65.5 | - | - | 2 |" in lines
+    assert "| 4 | LGSSLTrainer | 2 | 61.5 ± 0.7 | 50.5 ± 0.7 | 56.0 ± 0.7 | +10.0 ± 0.0 | 50 % | 0.500 | 2 |" in lines
+    assert "| all (10) | SupervisedTrainer | 1 | 71.0 | 60.0 | 65.5 | - | - | - | 2 |" in lines
     text = "\n".join(lines)
     for words in (
         "With 2 cases p cannot be smaller than 0.500",

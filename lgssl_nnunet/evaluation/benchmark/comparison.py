@@ -44,14 +44,40 @@ def gap_closed(cases: pd.DataFrame, metric: str = "dice") -> pd.Series:
         that there is no gap. Neither the baseline nor the budget "all" is in it.
     """
     scores = class_means(cases, metric)["mean"]
-    keys = dict.fromkeys(scores.index.droplevel(["labeled", "seed"]))
     shares = {
         (budget, method): _share(_by_seed(scores, budget, method), _by_seed(scores, budget), _by_seed(scores, ALL))
-        for budget, method in keys
-        if budget != ALL and method != BASELINE
+        for budget, method in _compared(scores)
     }
     index = pd.MultiIndex.from_tuples(shares, names=["budget", "method"]) if shares else None
     return pd.Series(list(shares.values()), index=index, dtype=float, name="gap closed")
+
+
+def gains(cases: pd.DataFrame, metric: str = "dice") -> dict[tuple[str, str], tuple[float, float]]:
+    """Return method - supervised: mean and sample standard deviation over the seeds that both have.
+
+    Methods with different seeds can be compared by it, and not by their means: seeds draw the labelled cases.
+
+    Args:
+        cases: rows of one setting.
+        metric: a metric column.
+
+    Returns:
+        By budget and method; the deviation is NaN for one common seed, both without any. Neither the baseline nor the
+        budget "all" is in it.
+    """
+    scores = class_means(cases, metric)["mean"]
+    found = {}
+    for budget, method in _compared(scores):
+        own, supervised = _by_seed(scores, budget, method), _by_seed(scores, budget)
+        differences = pd.Series([own[seed] - supervised[seed] for seed in own.keys() & supervised.keys()], dtype=float)
+        found[budget, method] = (float(differences.mean()), float(differences.std(ddof=1)))
+    return found
+
+
+def _compared(scores: pd.Series) -> list[tuple[str, str]]:
+    """Return budget and method of all that is compared with the baseline."""
+    keys = dict.fromkeys(scores.index.droplevel(["labeled", "seed"]))
+    return [(budget, method) for budget, method in keys if budget != ALL and method != BASELINE]
 
 
 def _by_seed(scores: pd.Series, budget: str, method: str = BASELINE) -> dict[int, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lgssl_nnunet.evaluation.benchmark.comparison import broken_rules, gap_closed, over_seeds, paired_tests
+from lgssl_nnunet.evaluation.benchmark.comparison import broken_rules, gains, gap_closed, over_seeds, paired_tests
 from lgssl_nnunet.evaluation.benchmark.grid import ALL
 from lgssl_nnunet.evaluation.benchmark.results import Results, metric_columns
 from lgssl_nnunet.evaluation.metrics import POLICY
@@ -29,6 +29,8 @@ RULES = (
     "evaluated as they are.",
     "Within one table all methods have the same planner, patches, augmentation and number of iterations. A seed draws "
     "the labelled cases and starts the training; with one budget and seed all methods have the same labelled cases.",
+    f"Gain: method - {BASELINE}, mean Dice over the classes, over the seeds that both have; methods with "
+    "different seeds are compared by it, and not by their means.",
     f"Gap closed: (method - {BASELINE}) / ({BASELINE} with all labels - {BASELINE}), mean Dice over the classes, over "
     "the seeds that all three have.",
     "± is the sample standard deviation over the seeds; a single seed has none.",
@@ -66,7 +68,7 @@ def main_table(cases: pd.DataFrame, cells: pd.DataFrame, reference: str) -> pd.D
         cells: rows of `Results.cells` of its finished cells.
         reference: the method of the paired test.
     """
-    scores, gap = over_seeds(cases, "dice"), gap_closed(cases)
+    scores, gain, gap = over_seeds(cases, "dice"), gains(cases), gap_closed(cases)
     tests = paired_tests(cases, reference).set_index(["budget", "method"])
     sizes = cases.groupby("budget")["labeled"].first()
     minutes = cells.groupby(["budget", "method"])["training_seconds"].mean() / 60
@@ -77,6 +79,7 @@ def main_table(cases: pd.DataFrame, cells: pd.DataFrame, reference: str) -> pd.D
         row["seeds"] = str(int(scores["count"].loc[key, "mean"]))
         for column in scores["mean"].columns:
             row[f"Dice {column}"] = spread(scores["mean"].loc[key, column], scores["std"].loc[key, column], "dice")
+        row["gain"] = spread(*gain.get(key, (math.nan, math.nan)), "dice", signed=True)
         row["gap closed"] = f"{100 * gap[key]:.0f} %" if key in gap.index and not math.isnan(gap[key]) else "-"
         row["p (Holm)"] = p_value(tests.loc[key, "p_holm"]) if key in tests.index else "-"
         row["training [min]"] = "-" if math.isnan(minutes[key]) else f"{minutes[key]:.0f}"
@@ -102,12 +105,12 @@ def other_metrics_table(cases: pd.DataFrame, metrics: Sequence[str], reference: 
     )
 
 
-def spread(mean: float, deviation: float, metric: str) -> str:
+def spread(mean: float, deviation: float, metric: str, signed: bool = False) -> str:
     """Return "83.3 ± 0.4", in percent for overlaps; without the deviation for a single seed, "-" for no value."""
     if math.isnan(mean):
         return "-"
     factor, digits = (100, 1) if metric in IN_PERCENT else (1, 2)
-    text = f"{factor * mean:.{digits}f}"
+    text = f"{factor * mean:{'+' if signed else ''}.{digits}f}"
     return text if math.isnan(deviation) else f"{text} ± {factor * deviation:.{digits}f}"
 
 
