@@ -94,7 +94,7 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """Return the planned encoder with TVSF at the bottleneck and two decoders that upsample differently."""
+        """Return the planned encoder with TVSF at its deepest stages and two decoders that upsample differently."""
         hp = resolve(cls.hyperparameters, plans_manager.plans, cls.__name__)
         return build_language_guided_unet(
             plans_manager,
@@ -117,9 +117,8 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         """Return supervised loss of both decoders, the hybrid consistency (methods.md 2.6) and ties to words (2.8)."""
         n = len(labeled.image)
         first, second, language = self.network(torch.cat([labeled.image, unlabeled.strong]), labeled_rows=n)
-        supervised = sum(
-            0.5 * self.supervised_loss(rows(outputs, slice(n)), labeled.target) for outputs in (first, second)
-        )
+        both = [rows(outputs, slice(n)) for outputs in (first, second)]
+        supervised = sum(0.5 * self.supervised_loss(outputs, labeled.target) for outputs in both)
         p1, q1 = self._split(first, n)
         p2, q2 = self._split(second, n)
         weight = self.hp.consistency_weight * self.ramp(self.hp.ramp_fraction)
@@ -134,6 +133,8 @@ class LGSSLTrainer(SemiSupervisedTrainer):
 
     def _language_terms(self, language: Language | None, labeled: LabeledBatch) -> dict[str, Term]:
         """Return the terms that tie image positions to words, where they have a weight."""
+        if not (self.hp.class_map_weight or self.hp.alignment_weight):
+            return {}
         n, terms, labels = len(labeled.image), {}, self.one_hot(labeled.target)
         if self.hp.class_map_weight:
             known, exclusive = self.annotated(labeled.target), not self.label_manager.has_regions

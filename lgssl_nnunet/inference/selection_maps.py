@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lgssl_nnunet.errors import UsageError
-from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, processes
 from lgssl_nnunet.inference.selection_overlay import draw_selection
 
@@ -66,19 +64,13 @@ class SelectionMapPredictor(LGSSLPredictor):
         precision = "fp32" if self.precision == "stock" else self.precision
         self._maps = LGSSLPredictor(device, **{**options, "precision": precision})
 
-    def load_model(
-        self,
-        folder: str | Path,
-        folds: Sequence[int | str],
-        checkpoint_name: str = FINAL_CHECKPOINT,
-        trust: bool = False,
-    ) -> None:
-        """Load a model as `LGSSLPredictor` does.
+    def load_model(self, *arguments: Any, **options: Any) -> None:
+        """Load a model as `LGSSLPredictor` does, from the same arguments.
 
         Raises:
             UsageError: the model fuses no prompts, so it has no selection map.
         """
-        super().load_model(folder, folds, checkpoint_name, trust)
+        super().load_model(*arguments, **options)
         network = getattr(self.network, "_orig_mod", self.network)  # torch.compile wraps it
         if not hasattr(network, "selection") or network.prompts is None:
             raise UsageError(

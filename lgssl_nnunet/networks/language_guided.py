@@ -93,27 +93,34 @@ class LanguageGuidedUNet(MultiDecoderUNet):
             the second, and what can be tied to the words, None without prompts. With deep supervision on, lists of
             logits instead, full resolution first.
         """
-        skips, language = self._guide(self.encoder(x), labeled_rows)
+        features = self.encoder(x)
+        skips, class_logits = self._guide(features, labeled_rows)
         first = self.decoder(self.perturb(skips))
         if labeled_rows is None and self.prediction == "first":
             return first
         (second_decoder,) = self.further_decoders
         second = second_decoder(self.perturb(skips))
-        return _mean(first, second) if labeled_rows is None else (first, second, language)
-
-    def _guide(self, skips: list[torch.Tensor], labeled_rows: int | None) -> tuple[list[torch.Tensor], Language | None]:
-        """Fuse the prompts into the deepest features, each by itself."""
+        if labeled_rows is None:
+            return _mean(first, second)
         if self.prompts is None:
-            return skips, None
-        guided, class_logits = list(skips), []
+            return first, second, None
+        return first, second, Language(features[-1], self.prompts.prompt_feature(), class_logits)
+
+    def _guide(
+        self, features: list[torch.Tensor], labeled_rows: int | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the skips, with prompts fused into the deepest features, and the class maps' logits."""
+        skips, class_logits = list(features), []
         for depth, (prompts, fusion) in enumerate(self._stages(), start=1):
-            tau, logits = prompts.attend(skips[-depth], labeled_rows)
-            guided[-depth], _ = fusion(skips[-depth], tau)
+            tau, logits = prompts.attend(features[-depth], labeled_rows)
+            skips[-depth], _ = fusion(features[-depth], tau)
             if logits is not None:
                 class_logits.append(logits)
-        return guided, Language(skips[-1], self.prompts.prompt_feature(), class_logits)
+        return skips, class_logits
 
     def _stages(self) -> list[tuple[nn.Module, nn.Module]]:
+        if self.prompts is None:
+            return []
         return [(self.prompts, self.fusion), *((stage.prompts, stage.fusion) for stage in self.further_stages)]
 
     @torch.no_grad()
