@@ -41,6 +41,15 @@ class TrainingError(LGSSLError):
     exit_code = 1
 
 
+class TrainingStopped(LGSSLError):  # noqa: N818 (not an error: somebody asked for it)
+    """Training ended between two steps because a signal or a STOP file asked for it; it can be continued.
+
+    Its exit code is EX_TEMPFAIL, which job schedulers take as "try again"; after a STOP file it is 0.
+    """
+
+    exit_code = 75
+
+
 def install_extra(extra: str) -> str:
     """Return how an extra of this package is installed, for messages: it comes from a checkout and is on no index."""
     return f'pip install -c constraints.txt -e ".[{extra}]" in the checkout'

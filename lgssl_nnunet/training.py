@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Not from engine.checkpoints: bad words are refused before torch is imported.
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 _WITHOUT_IT = "Move it away; --c then goes on from the next checkpoint in its folder, and starts anew without one."
 PLUGIN_FOLDER = Path(__file__).parent / "nnunet_plugin"
@@ -85,6 +86,8 @@ def train(
         UsageError: options that do not fit together, unknown names.
         PlansError: no such plans or configuration.
         CheckpointError: the run exists already, or there is nothing to validate.
+        TrainingStopped: a signal or a file named STOP in the fold folder ended it; `continue_training` goes on.
+        TrainingError: five steps in a row were not finite, or a checkpoint could not be written.
     """
     use_data_folders()
     _check_flags(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights, num_gpus)
@@ -431,8 +434,10 @@ def _load_weights(
         return
     if not (continue_training or only_validate):
         return
+    from lgssl_nnunet.engine.checkpoints import newest_whole_checkpoint
+
     folder = Path(run.output_folder)
-    checkpoint = next((folder / name for name in CHECKPOINTS if (folder / name).is_file()), None)
+    checkpoint = folder / CHECKPOINTS[0] if only_validate else newest_whole_checkpoint(folder)
     if checkpoint is None:
         logger.warning(
             "%s holds no checkpoint to continue from: starting a new training.%s", folder, _unfinished(folder)

@@ -90,7 +90,8 @@ WATCHED: dict[str, tuple[str, ...]] = {
         f"{PREDICTOR}.load_model",
     ),
     # The trainer: methods that ours calls, or whose order of calls it counts on.
-    f"{TRAINER}.run_training": (f"{BASE}.train_step", f"{TRAINING}: train"),
+    f"{TRAINER}.run_training": (f"{BASE}.run_training", f"{BASE}._run_epoch", f"{TRAINING}: train"),
+    f"{TRAINER}.on_epoch_start": (f"{BASE}._run_epoch",),
     f"{TRAINER}.on_train_epoch_start": (f"{BASE}.train_step",),
     f"{TRAINER}.on_epoch_end": (f"{BASE}.save_checkpoint",),
     f"{TRAINER}.on_validation_epoch_start": (f"{BASE}.validation_step",),

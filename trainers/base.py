@@ -23,17 +23,19 @@ from torch._dynamo import OptimizedModule
 from torch.nn import functional
 from tqdm import tqdm
 
-from lgssl_nnunet.data.batches import SeededBatches, start_workers
+from lgssl_nnunet.data.batches import SeededBatches, next_batch, start_workers, stop_workers
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
 from lgssl_nnunet.dataset_conversion.twins import without_twins
 from lgssl_nnunet.engine import hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
-from lgssl_nnunet.engine.checkpoints import read_checkpoint
+from lgssl_nnunet.engine.checkpoints import read_checkpoint, write_checkpoint
 from lgssl_nnunet.engine.clipping import clip_gradients
+from lgssl_nnunet.engine.interruption import StopRequest
 from lgssl_nnunet.engine.labels import annotated, one_hot
 from lgssl_nnunet.engine.logs import TermLog
+from lgssl_nnunet.engine.non_finite import NonFiniteError, NonFiniteGuard
 from lgssl_nnunet.engine.precision import (
     move_network,
     preferred_memory_format,
@@ -44,7 +46,7 @@ from lgssl_nnunet.engine.precision import (
 from lgssl_nnunet.engine.schedules import CosineSchedule, sigmoid_rampup
 from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
 from lgssl_nnunet.engine.teacher import EMATeacher
-from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, UsageError
+from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, TrainingStopped, UsageError
 from lgssl_nnunet.files import write_atomically, write_json
 from lgssl_nnunet.losses.consistency import probabilities
 from lgssl_nnunet.networks.unet import planned_unet
@@ -118,6 +120,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.teacher: EMATeacher | None = None
         self.parts: dict[str, Any] = {}
         self.term_log = TermLog()
+        self.non_finite = NonFiniteGuard()
+        self.stop = StopRequest(Path(self.output_folder))
+        self._epoch_is_open = False
+        self._step_outputs: list[dict] = []
         self.show_progress: bool | None = None
         self._progress_bar: tqdm | None = None
 
@@ -421,9 +427,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.uses_unlabeled:
             loaders["unlabeled"] = self.unlabeled_loader(initial_patch_size, training_transforms)
         validation = {"validation": self._labeled_loader(validation_cases, patch_size, validation_transforms)}
-        return self._start(loaders, self.num_iterations_per_epoch, 1.0), self._start(
-            validation, self.num_val_iterations_per_epoch, 0.5
-        )
+        first_validation = self.current_epoch * self.num_val_iterations_per_epoch
+        return self._start(loaders, self.iteration, 1.0), self._start(validation, first_validation, 0.5)
 
     def _labeled_loader(self, cases: Any, initial_patch_size: Any, transforms: Any) -> nnUNetDataLoader:
         return nnUNetDataLoader(
@@ -464,16 +469,81 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             **options,
         )
 
-    def _start(self, loaders: dict[str, nnUNetDataLoader], iterations_per_epoch: int, share_of_workers: float) -> Any:
+    def _start(self, loaders: dict[str, nnUNetDataLoader], start: int, share_of_workers: float) -> Any:
         workers = get_allowed_n_proc_DA()
         if self.device.type == "cpu":
             # Network and workers share the same cores.
             workers = min(workers, max(1, workers // 2))
-        start = self.current_epoch * iterations_per_epoch
         batches = SeededBatches(loaders, self.seed, self.local_rank, start, int(workers * share_of_workers))
         return start_workers(batches, pin_memory=self.device.type == "cuda")
 
     # ------------------------------------------------------------------ the loop
+
+    def run_training(self) -> None:
+        """Run nnU-Net's loop, in which the run can end after any step.
+
+        Raises:
+            TrainingStopped: a signal or a STOP file ended it; everything is saved.
+            TrainingError: steps are not finite, a data worker died, or a file could not be written.
+        """
+        with self.stop:
+            self.on_train_start()
+            try:
+                while self.current_epoch < self.num_epochs:
+                    self._run_epoch()
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.output_folder}: {error} at iteration {self.iteration}. Make room or make the folder "
+                    "writable; the checkpoints in it are whole, and --c goes on from them."
+                ) from error
+            self.on_train_end()
+
+    def _run_epoch(self) -> None:
+        """Run an epoch, or what is left of one that was stopped."""
+        self._epoch_is_open = True
+        self.on_epoch_start()
+        self.on_train_epoch_start()
+        while self.iteration < (self.current_epoch + 1) * self.num_iterations_per_epoch:
+            output = self.train_step(self._next(self.dataloader_train))
+            if np.isfinite(output["loss"]):
+                self._step_outputs.append(output)
+        self.on_train_epoch_end(self._step_outputs or [{"loss": np.nan}])
+        with torch.no_grad():
+            self.on_validation_epoch_start()
+            steps = range(self.num_val_iterations_per_epoch)
+            self.on_validation_epoch_end([self.validation_step(self._next(self.dataloader_val)) for _ in steps])
+        self._epoch_is_open, self._step_outputs = False, []
+        self.on_epoch_end()
+
+    def _next(self, batches: Any) -> dict:
+        """Return the next batch, unless the run is to end here."""
+        self._stop_if_asked()
+        try:
+            return next_batch(batches)
+        except TrainingError:
+            self._stop_if_asked()  # a signal to the whole group ended the data workers too
+            raise
+
+    def _stop_if_asked(self) -> None:
+        reason = self.stop.reason
+        if reason is None:
+            return
+        file = Path(self.output_folder) / "checkpoint_latest.pth"
+        self.save_checkpoint(str(file))
+        self._close_data()
+        how = "nothing is saved, as asked" if self.disable_checkpointing else f"{file} is saved"
+        stopped = TrainingStopped(
+            f"Training stopped because of {reason} after {self.iteration} of {self.num_iterations} iterations; {how}."
+        )
+        if self.stop.by_file:
+            self.stop.file.unlink(missing_ok=True)  # or the continued run would stop at once
+            stopped.exit_code = 0
+        raise stopped
+
+    def _close_data(self) -> None:
+        stop_workers(self.dataloader_train, self.dataloader_val)
+        if self._progress_bar is not None:
+            self._progress_bar.close()
 
     def on_train_start(self) -> None:
         """Open the data, and leave in the model folder everything that prediction needs."""
@@ -488,7 +558,6 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             self._write_model_description()
             self._save_debug_information()
-        self.iteration = self.current_epoch * self.num_iterations_per_epoch
         self._progress_bar = tqdm(
             total=self.num_iterations,
             initial=self.iteration,
@@ -520,11 +589,28 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             write_atomically(folder / "dataset_fingerprint.json", lambda temporary: temporary.write_bytes(content))
 
     def train_step(self, batch: dict) -> dict:
-        """Do one optimisation step and return the value of the loss and of each term."""
+        """Do one optimisation step and return the value of the loss and of each term.
+
+        A step in which something is not finite is left out: its loss is nan and nothing else is returned.
+
+        Raises:
+            TrainingError: five steps in a row were left out.
+        """
         seed_everything(derive_seed(self.seed, self.local_rank, _STEP, self.iteration))
         if isinstance(self.lr_scheduler, CosineSchedule):
             self.lr_scheduler.step(self.iteration / self.num_iterations_per_epoch)
-        labeled, unlabeled = self.to_batches(batch)
+        try:
+            output = self._step(*self.to_batches(batch))
+            self.non_finite.done()
+        except NonFiniteError as error:
+            self.non_finite.skip(error, self.iteration)
+            output = {"loss": np.float32(np.nan)}
+        self.iteration += 1
+        if self._progress_bar is not None:
+            self._progress_bar.update()
+        return output
+
+    def _step(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict:
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             terms = self.loss_terms(labeled, unlabeled)
@@ -533,13 +619,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.teacher is not None:
             self.teacher.update(self.plain_network)
         self.extra_steps(labeled, unlabeled)
-        self.iteration += 1
         values = {name: float(term.value.detach()) for name, term in terms.items()}
         if self._progress_bar is not None:
             self._progress_bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-            self._progress_bar.update()
         weights = {f"weight of {name}": term.weight for name, term in terms.items() if term.uses_unlabeled}
-        return {"loss": loss.detach().cpu().numpy(), **values, **weights}
+        return {"loss": np.float32(loss.detach().cpu().numpy()), **values, **weights}
 
     def to_batches(self, batch: dict) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         """Move a batch of the loaders to the device, in the memory layout that the device prefers."""
@@ -567,14 +651,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Return the weighted sum of the terms.
 
         Raises:
-            TrainingError: a term is not finite; raised before the optimiser's step.
+            NonFiniteError: a term is not finite; raised before the optimiser's step.
         """
         for name, term in terms.items():
             if not bool(torch.isfinite(term.value.detach()).all()):
-                raise TrainingError(
-                    f"The loss term {name!r} became {float(term.value.detach())} at iteration {self.iteration}: "
-                    "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
-                )
+                raise NonFiniteError(f"the loss term {name!r}", float(term.value.detach()))
         active = [term.weight * term.value for term in terms.values() if term.weight != 0]
         return torch.stack(active).sum()
 
@@ -590,10 +671,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         loss.backward()
         norm = clip_gradients(self.optimizer)
         if not bool(torch.isfinite(norm)):
-            raise TrainingError(
-                f"The gradient became {float(norm)} at iteration {self.iteration} although the loss is finite: "
-                "training stopped before the step; the last checkpoint is untouched. Try a smaller learning rate."
-            )
+            raise NonFiniteError("the norm of the gradient, although the loss is finite,", float(norm))
         self.optimizer.step()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -630,20 +708,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written: checkpointing is disabled.")
             return
+        epochs_done = self.current_epoch + (not self._epoch_is_open)
         checkpoint = {
             "network_weights": self.plain_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
+            # Of an epoch that is not over nnU-Net's lists have nothing yet when it goes on.
+            "logging": {name: values[:epochs_done] for name, values in self.logger.get_checkpoint().items()},
             "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
+            "current_epoch": epochs_done,
             "init_args": self.my_init_kwargs,
             "trainer_name": type(self).__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "lgssl": {name: part.state_dict() for name, part in self._stateful_parts().items()}
-            | {"terms": self.term_log.rows, "hyperparameters": asdict(self.hp)},
+            | {"terms": self.term_log.rows, "hyperparameters": asdict(self.hp)}
+            | {"iteration": self.iteration, "step_outputs": self._step_outputs},
         }
-        write_atomically(filename, lambda temporary: torch.save(checkpoint, temporary))
+        write_checkpoint(checkpoint, Path(filename))
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Restore everything that `save_checkpoint` wrote."""
@@ -653,11 +734,15 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if state is None:
             raise CheckpointError(f"{filename_or_checkpoint} was not written by {type(self).__name__}.")
         for name, part in self._stateful_parts().items():
-            part.load_state_dict(state[name])
+            if name in state or name != "non_finite":  # which older checkpoints do not have
+                part.load_state_dict(state[name])
         self.term_log.rows = list(state["terms"])
+        self.iteration = state.get("iteration", self.current_epoch * self.num_iterations_per_epoch)
+        self._step_outputs = list(state.get("step_outputs", []))
         # nnU-Net writes checkpoint_latest before it updates the best value: taken from there, a resumed run would
         # replace checkpoint_best by a worse one.
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
     def _stateful_parts(self) -> dict[str, Any]:
-        return self.parts | ({"teacher": self.teacher} if self.teacher is not None else {})
+        teacher = {"teacher": self.teacher} if self.teacher is not None else {}
+        return self.parts | teacher | {"non_finite": self.non_finite}

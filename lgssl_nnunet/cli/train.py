@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
+import sys
 from collections.abc import Sequence
 
 from lgssl_nnunet.cli.common import add_common_arguments, choose_device, command_parser, run_command, split_settings
-from lgssl_nnunet.errors import UsageError
+from lgssl_nnunet.errors import TrainingStopped, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,20 @@ def _run(args: argparse.Namespace) -> None:
     print(f"Model: {folder}")
 
 
+def _run_or_stop(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Train, and if the training is stopped, say how it goes on."""
+    try:
+        _run(args)
+    except TrainingStopped as stopped:
+        logger.warning("%s", stopped)
+        if not args.disable_checkpointing:
+            logger.warning("To go on: lgssl_train %s", shlex.join([*words, *([] if args.c else ["--c"])]))
+        return stopped.exit_code
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    args = build_parser().parse_args(argv)
-    return run_command(lambda: _run(args), args)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(words)
+    return run_command(lambda: _run_or_stop(args, words), args)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +17,11 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from lgssl_nnunet.engine.batches import finest
 from lgssl_nnunet.engine.seeding import derive_seed, isolated_randomness
+from lgssl_nnunet.errors import TrainingError
 
 STREAMS = ("labeled", "unlabeled", "validation")
+
+_PR_SET_PDEATHSIG = 1
 
 
 class SeededBatches(SlimDataLoaderBase):
@@ -50,6 +57,7 @@ class SeededBatches(SlimDataLoaderBase):
         """
         super().set_thread_id(thread_id)
         torch.set_num_threads(1)
+        _live_and_die_with_the_trainer()
 
     def __next__(self) -> dict[str, Any]:
         index = self.start + self.thread_id + self.produced * self.stride
@@ -78,3 +86,40 @@ def start_workers(batches: SeededBatches, pin_memory: bool) -> SingleThreadedAug
     return MultiThreadedAugmenter(
         batches, None, workers, num_cached_per_queue=3, pin_memory=pin_memory, wait_time=0.002
     )
+
+
+def next_batch(batches: SingleThreadedAugmenter | MultiThreadedAugmenter) -> dict[str, Any]:
+    """Return the next batch.
+
+    Raises:
+        TrainingError: a worker process died.
+    """
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if not isinstance(batches, MultiThreadedAugmenter) or not batches.abort_event.is_set():
+            raise
+        raise TrainingError(
+            "A process that prepares batches died, most likely because memory ran out or a preprocessed file is "
+            "damaged (what it said stands above): set the environment variable nnUNet_n_proc_DA to fewer processes, "
+            "and go on with --c."
+        ) from error
+
+
+def stop_workers(*iterators: SingleThreadedAugmenter | MultiThreadedAugmenter) -> None:
+    """End the worker processes of iterators made by `start_workers`."""
+    for batches in iterators:
+        if isinstance(batches, MultiThreadedAugmenter):
+            batches._finish()
+
+
+def _live_and_die_with_the_trainer() -> None:
+    """Let a worker survive signals to the trainer, which still finishes its step, but not the trainer's end."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how its trainer ends it
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

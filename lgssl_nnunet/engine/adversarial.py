@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lgssl_nnunet.engine.clipping import clip_gradients
-from lgssl_nnunet.errors import TrainingError
+from lgssl_nnunet.engine.non_finite import NonFiniteError
 
 
 class Adversary:
@@ -42,7 +42,7 @@ class Adversary:
             The value of the loss.
 
         Raises:
-            TrainingError: loss or gradient is not finite; raised before the step.
+            NonFiniteError: loss or gradient is not finite; raised before the step.
         """
         self.critics.requires_grad_(True)
         try:
@@ -52,11 +52,9 @@ class Adversary:
         finally:
             self.critics.requires_grad_(False)
         norm = clip_gradients(self.optimizer)
-        if not bool(torch.isfinite(torch.stack([value.detach(), norm])).all()):
-            raise TrainingError(
-                f"The critics' loss became {float(value.detach())}, or its gradient is not finite: training stopped "
-                "before their step. Try a smaller learning rate of the critics."
-            )
+        for what, number in (("the critics' loss", value.detach()), ("the gradient of the critics' loss", norm)):
+            if not bool(torch.isfinite(number)):
+                raise NonFiniteError(what, float(number))
         self.optimizer.step()
         return float(value.detach())
 

@@ -1,8 +1,10 @@
-"""Read a checkpoint file of nnU-Net's format: the one place where it is unpickled, and no code of it is run."""
+"""Checkpoint files of nnU-Net's format: the one place where they are unpickled, and no code of them is run."""
 
 from __future__ import annotations
 
 import logging
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.errors import CheckpointError, TrainingError
+from lgssl_nnunet.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,67 @@ _NUMPY: list[Callable | tuple[Callable, str]] = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64", "str")),
 ]
+
+
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+
+
+def write_checkpoint(checkpoint: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint beside `file`, read it back, and only then let it replace what was there.
+
+    Raises:
+        TrainingError: it could not be written; what was there before is untouched.
+    """
+
+    def write(temporary: Path) -> None:
+        torch.save(checkpoint, temporary)
+        damage = _damage(temporary)
+        if damage:
+            raise OSError(f"what was written reads differently: {damage}")
+
+    try:
+        write_atomically(file, write)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter when the disk is full
+        raise TrainingError(
+            f"{file} could not be written ({_short(error)}); is the disk full? What was there before is untouched: "
+            "make room, and go on with --c."
+        ) from error
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """Return the final checkpoint of a fold folder, or the newest other one that is whole; None if there is none.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    files = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
+    files.sort(key=lambda file: (file.name == CHECKPOINTS[0], file.stat().st_mtime_ns), reverse=True)
+    for number, file in enumerate(files):
+        damage = _damage(file)
+        if not damage:
+            return file
+        if number < len(files) - 1:
+            logger.warning("%s is damaged (%s): it is left out, and the one before it is taken.", file, damage)
+    if files:
+        raise CheckpointError(
+            f"{files[-1]} is damaged ({damage}), as is every checkpoint in {folder}. Move them away; --c then starts "
+            "anew."
+        )
+    return None
+
+
+def _damage(file: Path) -> str | None:
+    """Return what is wrong with the bytes of a checkpoint, None if its checksums fit."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            member = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        return _short(error)
+    return f"the checksum of {member} does not fit" if member else None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def read_checkpoint(
@@ -41,6 +105,9 @@ def read_checkpoint(
     """
     if not file.is_file():
         raise CheckpointError(f"{file} is missing.")
+    damage = _damage(file) if zipfile.is_zipfile(file) else None  # torch does not look at the checksums
+    if damage:
+        raise CheckpointError(f"{file} is damaged: {damage}. Get or make it again.")
     if trust:
         logger.warning("%s is read as a program is run, because you trust it.", file)
     try:
@@ -54,9 +121,8 @@ def read_checkpoint(
                 "read: ask for a checkpoint without it. If you trust its source like a program's, lgssl_predict and "
                 "-pretrained_weights take it with --trust_checkpoint."
             ) from error
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{file} cannot be read ({reason}); it is damaged or no checkpoint of nnU-Net."
+            f"{file} cannot be read ({_short(error)}); it is damaged or no checkpoint of nnU-Net."
         ) from error
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [key for key in needed if key not in entries]

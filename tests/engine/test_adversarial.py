@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lgssl_nnunet.engine.adversarial import Adversary
-from lgssl_nnunet.errors import TrainingError
+from lgssl_nnunet.engine.non_finite import NonFiniteError
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_each_critic_is_clipped_by_itself(critics):
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_before_the_step(critics, scale):
     adversary, before = Adversary(critics, 1e-2, 0.01), snapshot(critics)
-    with pytest.raises(TrainingError, match="critics' loss became"):
+    with pytest.raises(NonFiniteError, match="critics' loss became"):
         adversary.update(lambda: loss_of(critics, scale))
     assert all(torch.equal(a, b) for a, b in zip(before, critics.parameters(), strict=True))
 

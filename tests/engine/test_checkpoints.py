@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -9,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lgssl_nnunet.engine.checkpoints import read_checkpoint
-from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.engine.checkpoints import newest_whole_checkpoint, read_checkpoint, write_checkpoint
+from lgssl_nnunet.errors import CheckpointError, TrainingError
 
 
 def test_a_checkpoint_is_returned_with_what_is_needed(tmp_path):
@@ -92,3 +94,90 @@ def rename_numpy(file):
         for name, content in entries.items():
             archive.writestr(name, content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"))
     assert b"numpy.core" in b"".join(zipfile.ZipFile(file).read(name) for name in entries)
+
+
+# ------------------------------------------------------------------------------------------------ writing and choosing
+
+
+def with_a_changed_bit(file: Path) -> None:
+    """Change one bit of the weights, which torch itself does not notice."""
+    content = bytearray(file.read_bytes())
+    content[content.index(np.ones(64, np.float32).tobytes())] ^= 1
+    file.write_bytes(content)
+
+
+def checkpoint_of(value: float) -> dict:
+    return {"network_weights": {"a": torch.ones(64)}, "value": value}
+
+
+def test_a_changed_bit_is_noticed(tmp_path):
+    write_checkpoint(checkpoint_of(1), tmp_path / "a.pth")
+    with_a_changed_bit(tmp_path / "a.pth")
+    torch.load(tmp_path / "a.pth")  # a positive control: why it takes our own look at the checksums
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged: the checksum of .* does not fit"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, error):
+    def fail(checkpoint, file):
+        file.write_bytes(b"half")
+        raise error
+
+    write_checkpoint(checkpoint_of(1), tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(TrainingError, match=r"a\.pth could not be written .*is the disk full"):
+        write_checkpoint(checkpoint_of(2), tmp_path / "a.pth")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
+    assert read_checkpoint(tmp_path / "a.pth")["value"] == 1
+
+
+def test_what_reads_differently_than_it_was_written_does_not_replace_the_last_one(tmp_path, monkeypatch):
+    save = torch.save
+
+    def damaged(checkpoint, file):
+        save(checkpoint, file)
+        with_a_changed_bit(file)
+
+    write_checkpoint(checkpoint_of(1), tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "save", damaged)
+    with pytest.raises(TrainingError, match="reads differently"):
+        write_checkpoint(checkpoint_of(2), tmp_path / "a.pth")
+    assert read_checkpoint(tmp_path / "a.pth")["value"] == 1
+
+
+@pytest.fixture
+def fold(tmp_path) -> Path:
+    """A fold folder with the latest checkpoint older than the best one."""
+    for age, name in ((200, "latest"), (100, "best")):
+        file = tmp_path / f"checkpoint_{name}.pth"
+        write_checkpoint(checkpoint_of(age), file)
+        os.utime(file, (time.time() - age,) * 2)
+    return tmp_path
+
+
+def test_the_newest_is_taken(fold):
+    assert newest_whole_checkpoint(fold).name == "checkpoint_best.pth"
+
+
+def test_the_final_one_is_taken_however_old_it_is(fold):
+    write_checkpoint(checkpoint_of(300), fold / "checkpoint_final.pth")
+    os.utime(fold / "checkpoint_final.pth", (0, 0))
+    assert newest_whole_checkpoint(fold).name == "checkpoint_final.pth"
+
+
+def test_a_damaged_one_is_left_out_and_named(fold, caplog):
+    with_a_changed_bit(fold / "checkpoint_best.pth")
+    assert newest_whole_checkpoint(fold).name == "checkpoint_latest.pth"
+    assert "checkpoint_best.pth is damaged (the checksum of" in caplog.text
+
+
+def test_without_a_whole_one_nothing_is_taken_in_silence(fold, tmp_path):
+    for file in fold.glob("*.pth"):
+        with_a_changed_bit(file)
+    with pytest.raises(CheckpointError, match=r"as is every checkpoint in .* Move them away"):
+        newest_whole_checkpoint(fold)
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path):
+    assert newest_whole_checkpoint(tmp_path) is None

@@ -684,7 +684,7 @@ def test_training_and_checkpoint_mirror_along_the_planned_axes_only(
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_a_term_that_is_not_finite_stops_before_the_step_and_is_named(name, started, same):
+def test_a_term_that_is_not_finite_skips_the_step_and_is_named(name, started, same, caplog):
     trainer = started(name)
     trainer.train_step(next(trainer.dataloader_train))
     batch = next(trainer.dataloader_train)
@@ -692,6 +692,7 @@ def test_a_term_that_is_not_finite_stops_before_the_step_and_is_named(name, star
 
     def state() -> list[dict]:
         parts = [part.state_dict() for part in (trainer.network, *trainer._stateful_parts().values())]
+        parts.remove(trainer.non_finite.state_dict())  # which counts this
         return [*parts, trainer.optimizer.state_dict()["state"]]
 
     before = pickle.dumps(state())
@@ -702,18 +703,25 @@ def test_a_term_that_is_not_finite_stops_before_the_step_and_is_named(name, star
             return {**terms, broken: dataclasses.replace(terms[broken], value=terms[broken].value * float("inf"))}
 
         trainer.loss_terms = loss_terms
-        with pytest.raises(TrainingError, match=f"'{broken}' became"):
-            trainer.train_step(batch)
+        done = trainer.iteration
+        assert set(trainer.train_step(batch)) == {"loss"}
+        assert f"Iteration {done} is skipped: the loss term '{broken}' became" in caplog.text
         assert same(state(), pickle.loads(before))
+        assert trainer.iteration == done + 1
+        trainer.non_finite.done()
 
 
 @pytest.mark.parametrize("name", GRID)
-def test_a_gradient_that_is_not_finite_stops_before_the_step(name, started, same):
+def test_a_gradient_that_is_not_finite_skips_the_step_and_five_end_the_run(name, started, same, caplog):
     trainer = started(name)
     next(iter(trainer.network.parameters())).register_hook(lambda gradient: gradient * float("nan"))
     before = pickle.dumps(trainer.network.state_dict())
-    with pytest.raises(TrainingError, match="gradient became nan"):
-        trainer.train_step(next(trainer.dataloader_train))
+    batch = next(trainer.dataloader_train)
+    for _ in range(4):
+        assert math.isnan(trainer.train_step(batch)["loss"])
+    assert "norm of the gradient, although the loss is finite, became nan (4 skipped so far)" in caplog.text
+    with pytest.raises(TrainingError, match=r"5 steps in a row .* iteration 4, because the norm of the gradient"):
+        trainer.train_step(batch)
     assert same(trainer.network.state_dict(), pickle.loads(before))
 
 

@@ -195,9 +195,10 @@ def test_a_cut_off_checkpoint_is_a_sentence_with_the_way_out(name, options, trai
     fold = run_folder.with_name(run_folder.name.replace("__3d", "_e1__3d")) / "fold_all"
     whole = (fold / "checkpoint_final.pth").read_bytes()
     if name == "checkpoint_latest.pth":
-        (fold / "checkpoint_final.pth").unlink()
+        for other in fold.glob("*.pth"):
+            other.unlink()
     (fold / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=rf"{name} cannot be read .*it is damaged.* Move it away"):
+    with pytest.raises(CheckpointError, match=rf"{name} (cannot be read .*it )?is damaged.* Move (it|them) away"):
         train_tiny(epochs=1, **options)
 
 

@@ -1,0 +1,57 @@
+"""Ending a training between two steps: because a signal came, or because a file named STOP appeared."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOP_FILE = "STOP"
+# What a terminal, a cluster that wants its node back, and a cluster that warns before its time limit send.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopRequest:
+    """Remembers that the run is to end, so that the loop can end after the step that it is in.
+
+    As a context manager it takes the signals over and gives them back. A second Ctrl-C has its usual effect, to
+    interrupt at once; what clusters may send twice stays remembered. Outside the main thread signals cannot be taken
+    over and only the file counts.
+
+    Args:
+        folder: the fold folder, in which a file named STOP ends the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / STOP_FILE
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        try:
+            for kind in _SIGNALS:
+                self._before[kind] = signal.signal(kind, self._remember)
+        except ValueError:  # not the main thread
+            self._before.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        kind = signal.Signals(number)
+        self.received = kind.name
+        if kind is signal.SIGINT:
+            signal.signal(kind, self._before.pop(kind))
+
+    @property
+    def by_file(self) -> bool:
+        """Whether it is the file that asks for the end, not a signal."""
+        return self.received is None and self.file.exists()
+
+    @property
+    def reason(self) -> str | None:
+        """What asks for the end, None if nothing does."""
+        return self.received or (f"the file {self.file}" if self.by_file else None)
