@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lgssl_nnunet.errors import TrainingStopped
 from lgssl_nnunet.evaluation.benchmark.cell_steps import Execution
 from lgssl_nnunet.evaluation.benchmark.cells import Cell
 from lgssl_nnunet.evaluation.benchmark.worker import Job
 
-FAILING, KILLED, SLOW = 13, 66, 77
-"""Seeds of cells that raise, whose process is killed, and that take a minute beside a forked child."""
+FAILING, STOPPED, KILLED, SLOW = 13, 55, 66, 77
+"""Seeds of cells that raise, are stopped, whose process is killed, and that take a minute beside a forked child."""
 
 GAIN = {"SupervisedTrainer": 0.0, "LGSSLTrainer": 0.1, "PseudoLabelTrainer": 0.2}
 
@@ -44,6 +45,8 @@ def run(cell: Cell, prediction: Path, execution: Execution) -> dict[str, Any]:
     logging.getLogger("lgssl_nnunet.training").info("A step says something")
     if cell.seed == FAILING:
         raise ValueError("too many\nlayers")
+    if cell.seed == STOPPED:
+        raise TrainingStopped("Training stopped because of SIGTERM.")
     if cell.seed == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
     if cell.seed == SLOW:

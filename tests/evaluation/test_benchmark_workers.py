@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
+from lgssl_nnunet.errors import TrainingStopped
 from lgssl_nnunet.evaluation.benchmark.records import CellStore
 from lgssl_nnunet.evaluation.benchmark.worker import DIED, attempt, sources_of, work
 from lgssl_nnunet.evaluation.benchmark.workers import divided_cores, run_workers
@@ -213,6 +214,44 @@ def test_a_worker_that_dies_is_replaced_and_its_cell_named(tmp_path, fakes, capl
     assert f"{cells[0]}: failed: {DIED}" in caplog.text
     assert f"{cells[1]}: failed: ValueError" in caplog.text
     assert f"{cells[2]}: Dice 0.4600" in caplog.text
+
+
+def test_a_stopped_cell_has_not_failed_and_the_next_call_goes_on_with_it(tmp_path, fakes):
+    stopped, other = fakes.make_cell(fakes.STOPPED), fakes.make_cell(0)
+    with pytest.raises(TrainingStopped):
+        work(fakes.make_job(tmp_path, stopped, other))
+    assert record_of(tmp_path, stopped)["status"] == "running"
+    with pytest.raises(TrainingStopped):
+        work(fakes.make_job(tmp_path, stopped, session="second"))
+    assert fakes.runs(tmp_path) == [stopped.name] * 2
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_stopped_is_not_replaced(tmp_path, fakes):
+    stopped = fakes.make_cell(fakes.STOPPED)
+    run_workers(fakes.make_job(tmp_path, stopped, fakes.make_cell(0)), 1, progress=False)
+    assert fakes.runs(tmp_path) == [stopped.name]
+    assert record_of(tmp_path, stopped)["status"] == "running"
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_terminated_ends_its_workers(tmp_path, fakes):
+    script = (
+        "import sys, fake_cells; from pathlib import Path\n"
+        "from lgssl_nnunet.evaluation.benchmark.workers import run_workers\n"
+        "if __name__ == '__main__':\n"
+        "    job = fake_cells.make_job(Path(sys.argv[1]), fake_cells.make_cell(fake_cells.SLOW))\n"
+        "    run_workers(job, 1, progress=False)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    run = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not fakes.runs(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run.terminate()
+    assert "KeyboardInterrupt" in run.communicate(timeout=30)[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(record_of(tmp_path, fakes.make_cell(fakes.SLOW))["pid"], 0)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from lgssl_nnunet.errors import LGSSLError
+from lgssl_nnunet.errors import LGSSLError, TrainingStopped
 from lgssl_nnunet.evaluation.benchmark.cell_steps import Execution, run_cell
 from lgssl_nnunet.evaluation.benchmark.cells import Cell
 from lgssl_nnunet.evaluation.benchmark.provenance import hardware, versions, without_own_folders
@@ -59,6 +59,9 @@ def work(job: Job, *, wait: bool = True) -> None:
         job: the cells.
         wait: stay while others work on the last cells, to take them over should their process die; otherwise stay
             only for cells that need the model of such a cell.
+
+    Raises:
+        TrainingStopped: a signal or a STOP file ended the training of a cell, which the next call continues.
     """
     pending = list(job.cells)
     parent = os.getppid()
@@ -127,6 +130,8 @@ def _compute(job: Job, store: CellStore) -> None:
             made_by = {"versions": versions(), "hardware": _hardware(job.execution)}
             record |= made_by | job.run(store.cell, store.prediction, job.execution)
             store.write(FINISHED, record | {"finished": _now(), "files": store.checksums()})
+        except TrainingStopped:
+            raise  # the cell has not failed: the next call goes on with its training
         except Exception as error:
             logger.exception("The cell failed.")
             named = str(error) if isinstance(error, LGSSLError) else f"{type(error).__name__}: {error}"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
+from types import FrameType
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lgssl_nnunet.errors import LGSSLError
+from lgssl_nnunet.errors import LGSSLError, TrainingStopped
 from lgssl_nnunet.evaluation.benchmark.records import FAILED, FINISHED, RUNNING, CellStore
 from lgssl_nnunet.evaluation.benchmark.worker import Job, attempt, work
 from lgssl_nnunet.files import environment
@@ -23,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 MOST_DATA_WORKERS = 12
 """nnU-Net's own number of data workers on a machine that it does not know."""
-SECONDS_TO_STOP = 10
 INTERRUPTED = 130
 
 
@@ -52,17 +53,36 @@ def run_workers(job: Job, workers: int, progress: bool) -> None:
 
     def replace_the_dead() -> bool:
         for index, process in enumerate(processes):
-            if process.exitcode not in (None, 0):
+            if process.exitcode not in (None, 0, TrainingStopped.exit_code):
                 _settle_what_it_left(job, process)
                 processes[index] = start(index)
         return any(process.is_alive() for process in processes)
 
     try:
-        watch(job, replace_the_dead, progress)
+        with _termination_as_interruption():
+            watch(job, replace_the_dead, progress)
     finally:
         for process in processes:
-            process.join(SECONDS_TO_STOP)  # Ctrl-C reaches the workers too; they stop their data workers
-            process.terminate()
+            process.terminate()  # a training finishes its step and saves; a second signal to it changes nothing
+        for process in processes:
+            process.join()
+
+
+@contextmanager
+def _termination_as_interruption() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does, so that its workers do not go on without it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = None
+    with suppress(ValueError):  # not the main thread
+        before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _work_as(job: Job, index: int) -> None:
@@ -76,6 +96,9 @@ def _work_as(job: Job, index: int) -> None:
         work(job)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except TrainingStopped as stopped:
+        logger.warning("%s", stopped)
+        raise SystemExit(TrainingStopped.exit_code) from None
 
 
 def _settle_what_it_left(job: Job, process: BaseProcess) -> None:
