@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def train(
     iterations_per_epoch: int | None = None,
     unlabeled_batch_size: int | None = None,
     seed: int | None = None,
+    deterministic: bool = False,
     hyperparameters: Mapping[str, Any] | None = None,
     pretrained_weights: Path | str | None = None,
     trust_checkpoint: bool = False,
@@ -67,6 +69,8 @@ def train(
         iterations_per_epoch: optimiser steps per epoch instead of the planned number.
         unlabeled_batch_size: unlabelled patches per step; None means as many as labelled ones.
         seed: training seed (initialisation, batches, dropout).
+        deterministic: compute so that a repeated run on the same machine, with as many threads, has the same weights to
+            the bit; slower on a GPU.
         hyperparameters: values of the method's hyper-parameters by name.
         pretrained_weights: checkpoint whose weights start the training (segmentation layers excepted).
         trust_checkpoint: read pretrained weights from a file that holds more than tensors and numbers.
@@ -120,8 +124,9 @@ def train(
     run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, device)
     _write_plans(dataset_folder, used_plans, base_plans)
     run.disable_checkpointing, run.show_progress = disable_checkpointing, progress
-    _load_weights(run, continue_training, only_validate, pretrained_weights, trust_checkpoint)
-    _run_training(run, only_validate)
+    with _algorithms(deterministic):
+        _load_weights(run, continue_training, only_validate, pretrained_weights, trust_checkpoint)
+        _run_training(run, only_validate)
     _validate(run, fold, only_validate, validate_best, export_probabilities)
     return model_folder
 
@@ -417,6 +422,12 @@ def _build(
     # nnU-Net takes this entry out of the plans that it is given.
     plans = {**plans, "continue_training": continue_training}
     return trainer_class(plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=chosen)
+
+
+def _algorithms(deterministic: bool) -> AbstractContextManager[None]:
+    from lgssl_nnunet.engine.determinism import deterministic_algorithms
+
+    return deterministic_algorithms() if deterministic else nullcontext()
 
 
 def _load_weights(

@@ -64,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_best", action="store_true", help="validate checkpoint_best.pth instead of the final one")
     parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints")
     parser.add_argument("-device", default=None, help="cpu, cuda, cuda:1 or mps (default: chosen and printed)")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same weights to the bit when the run is repeated on this machine with as many threads",
+    )
     parser.add_argument("--no_pbar", action="store_true", help="no progress bar")
     add_common_arguments(parser)
     return parser
@@ -119,6 +124,7 @@ def _run(args: argparse.Namespace) -> None:
         iterations_per_epoch=args.iterations_per_epoch,
         unlabeled_batch_size=args.unlabeled_batch_size,
         seed=args.seed,
+        deterministic=args.deterministic,
         hyperparameters=parse_settings(args.set),
         pretrained_weights=args.pretrained_weights,
         trust_checkpoint=args.trust_checkpoint,

@@ -184,3 +184,20 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(train_tiny, mon
     resumed = final(train_tiny(continue_training=True, **RUN))
     shutil.rmtree(os.environ["nnUNet_results"])
     assert same(resumed["network_weights"], final(train_tiny(**RUN))["network_weights"])
+
+
+def test_a_deterministic_run_computes_so_and_ends_the_same(train_tiny, monkeypatch, same):
+    seen, original = [], SemiSupervisedTrainer.train_step
+
+    def train_step(self, batch):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return original(self, batch)
+
+    monkeypatch.setattr(SemiSupervisedTrainer, "train_step", train_step)
+    weights = []
+    for _ in range(2):
+        weights.append(final(train_tiny(trainer="LGSSLTrainer", deterministic=True, epochs=1))["network_weights"])
+        shutil.rmtree(os.environ["nnUNet_results"])
+    assert seen == [True] * 4
+    assert same(*weights)
+    assert not torch.are_deterministic_algorithms_enabled()
