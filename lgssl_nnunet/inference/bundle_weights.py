@@ -13,14 +13,15 @@ from torch import Tensor
 
 from lgssl_nnunet.errors import CheckpointError
 
-_LENGTH_BYTES = 8
+_LENGTH_BYTES = 8  # of the header, in front of it
+_SHARED = "shared"
 
 
 def pack_weights(weights: Mapping[str, Any], origin: str) -> bytes:
     """Return weights as a safetensors file; what several names share is written once.
 
-    The other names are in the file's metadata, as safetensors' own `save_model` does it: nnU-Net's networks hold most
-    weights under several names.
+    nnU-Net's networks hold most weights under several names. The others are in the file's metadata as one text, because
+    safetensors writes several entries in a random order.
 
     Args:
         weights: of a network.
@@ -41,7 +42,7 @@ def pack_weights(weights: Mapping[str, Any], origin: str) -> bytes:
             kept[name] = tensor.clone()  # safetensors refuses tensors that are parts of one memory
         else:
             shared[name] = first
-    return safetensors.torch.save(kept, shared)
+    return safetensors.torch.save(kept, {_SHARED: json.dumps(shared)})
 
 
 def unpack_weights(content: bytes, origin: str) -> dict[str, Tensor]:
@@ -57,8 +58,8 @@ def unpack_weights(content: bytes, origin: str) -> dict[str, Tensor]:
     try:
         weights = safetensors.torch.load(content)
         length = int.from_bytes(content[:_LENGTH_BYTES], "little")
-        header = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])
-        return weights | {name: weights[first] for name, first in header.get("__metadata__", {}).items()}
+        metadata = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length])["__metadata__"]
+        return weights | {name: weights[first] for name, first in json.loads(metadata[_SHARED]).items()}
     except Exception as error:
         raise CheckpointError(
             f"{origin} is no whole safetensors file ({str(error)[:100]}): get the bundle again from where it was made."
