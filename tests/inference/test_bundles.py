@@ -226,7 +226,9 @@ def test_a_member_that_claims_to_be_larger_than_the_archive_is_refused(bundle, t
     data = bytearray(bundle.read_bytes())
     data[entry + 20 : entry + 28] = struct.pack("<II", 2**31, 2**31)
     (tmp_path / "bomb.zip").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"its files are said to have 214\d+ bytes, and the archive has \d{4,6}\)"):
+    with pytest.raises(
+        CheckpointError, match=r"its files are said to have 214\d+ bytes, and the archive has \d{4,6}\)"
+    ):
         load(tmp_path / "bomb.zip")
 
 
@@ -309,7 +311,9 @@ def test_weights_come_back_to_the_bit_under_all_their_names(same):
     }
     content = pack_weights(weights, "")
     found = unpack_weights(content, "")
-    assert same({name: tensor.contiguous() for name, tensor in weights.items()}, {name: found[name] for name in weights})
+    assert same(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, {name: found[name] for name in weights}
+    )
     assert len(content) < 2.2 * base.nbytes + len(weights) * 100 + 60 * 4 + base.nbytes + 200
 
 

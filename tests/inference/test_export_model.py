@@ -100,7 +100,9 @@ def test_selection_maps_of_a_bundle_are_those_of_its_folder(guided, images, tmp_
     for name, place in (("folder", guided), ("bundle", bundle)):
         predict_here(images / "a_0000.nii.gz", tmp_path / name, model_folder=place, save_selection_maps=True)
     for file in ("a.nii.gz", "selection_maps/a.nii.gz"):
-        one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / who / file))) for who in ("folder", "bundle"))
+        one, other = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / who / file))) for who in ("folder", "bundle")
+        )
         assert np.array_equal(one, other)
         assert one.std() > 0
 
@@ -187,7 +189,10 @@ def test_the_model_is_found_as_for_prediction_and_said(model_maker, tmp_path, ca
     os.utime(folder / "fold_0" / "checkpoint_final.pth", (1e9, 1e9))
     with caplog.at_level("INFO"):
         bundle = export_model(tmp_path / "model.zip", dataset=501)
-    assert "Model: Dataset501_Tiny UAMTTrainer LGSSLCPUPlans 3d_fullres, fold 0, checkpoint_final.pth of 2001" in caplog.text
+    assert (
+        "Model: Dataset501_Tiny UAMTTrainer LGSSLCPUPlans 3d_fullres, fold 0, checkpoint_final.pth of 2001"
+        in caplog.text
+    )
     assert str(model_from_folder(bundle)).endswith("(bundle named with -m)")
     assert model_from_folder(bundle).model.modified() == 1e9
     with pytest.raises(UsageError, match="-d 77: no trained model"):
