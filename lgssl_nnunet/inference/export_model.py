@@ -63,15 +63,7 @@ def export_model(
     """
     output = Path(output).expanduser()
     _check_output(output, overwrite)
-    chosen = select_model(
-        model_folder,
-        dataset=dataset,
-        trainer=trainer,
-        plans=plans,
-        configuration=configuration,
-        folds=folds,
-        checkpoint=checkpoints[0],
-    )
+    chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoints[0])
     logger.info("Model: %s", chosen)
     _require_checkpoints(chosen, checkpoints)
     if stock:

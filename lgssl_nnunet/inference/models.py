@@ -157,7 +157,6 @@ def _model_from_bundle(file: Path, folds: Sequence[int | str] | None, checkpoint
 
 def select_model(
     model_folder: str | Path | None,
-    *,
     dataset: int | str | None,
     trainer: str | None,
     plans: str | None,

@@ -19,7 +19,7 @@ from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import read_json_if_valid, write_json
 from lgssl_nnunet.inference.cases import Inputs, collect_images
 from lgssl_nnunet.inference.device import choose_device
-from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, BundledModel, ChosenModel, select_model
+from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, ChosenModel, select_model
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, resolve_precision
 from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
 from lgssl_nnunet.inference.stored_model import image_rules
@@ -117,17 +117,7 @@ def predict(
     _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
     device = choose_device(device)
     precision = resolve_precision(precision, device)
-    chosen = select_model(
-        model_folder,
-        dataset=dataset,
-        trainer=trainer,
-        plans=plans,
-        configuration=configuration,
-        folds=folds,
-        checkpoint=checkpoint,
-    )
-    if trust_checkpoint and isinstance(chosen.model, BundledModel):
-        raise UsageError("--trust_checkpoint is for checkpoints; nothing in a bundle could be run, so leave it out.")
+    chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
     output = Path(output).expanduser()
     cases = _cases(input, output, chosen, save_selection_maps)[part_id::num_parts]

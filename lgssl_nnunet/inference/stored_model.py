@@ -106,7 +106,7 @@ def read_stored_model(
     Raises:
         CheckpointError: a file is missing or damaged or holds more than numbers, or the plans name a class that is no
             network's.
-        UsageError: the configuration is a cascade.
+        UsageError: the configuration is a cascade, or a bundle is to be trusted.
     """
     place = Path(place)
     return (_read_bundle if place.is_file() else _read_folder)(place, folds, checkpoint, trust)
@@ -149,6 +149,8 @@ def _read_folder(folder: Path, folds: Sequence[int | str], checkpoint: str, trus
 
 
 def _read_bundle(file: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> StoredModel:
+    if trust:
+        raise UsageError("--trust_checkpoint is for checkpoints; nothing in a bundle could be run, so leave it out.")
     bundle = open_bundle(file)
     members = [weights_member(str(fold), checkpoint) for fold in folds]
     missing = [member for member in members if member not in bundle.members]

@@ -23,7 +23,7 @@ from lgssl_nnunet.inference.bundle_weights import pack_weights, unpack_weights
 from lgssl_nnunet.inference.bundles import MANIFEST, BundleWriter, open_bundle
 from lgssl_nnunet.inference.export_model import export_model
 from lgssl_nnunet.inference.models import model_from_folder
-from lgssl_nnunet.inference.stored_model import read_stored_model
+from lgssl_nnunet.inference.stored_model import image_rules, read_stored_model
 
 WEIGHTS = "fold_0/checkpoint_final.safetensors"
 FIRST_LAYER = "encoder.stages.0.0.convs.0.conv.weight"
@@ -39,6 +39,7 @@ def bundle(one_fold, tmp_path_factory) -> Path:
 def load(file: Path) -> None:
     """Do what lgssl_predict does with a bundle before it looks at images."""
     chosen = model_from_folder(file)
+    image_rules(chosen.model.read_json("plans.json"), chosen.model.read_json("dataset.json"), chosen.folder)
     read_stored_model(chosen.folder, chosen.folds, chosen.checkpoint).network_with_weights()
 
 
@@ -182,6 +183,11 @@ HOSTILE = {
     "normalisation that is none": (set_configuration(normalization_schemes=["ABC"]), "prepares images with ABC"),
     "resampling that is none": (set_configuration(resampling_fn_data="np"), "prepares images with np"),
     "plans without configurations": (lambda c: c.put("plans.json", b"{}"), "do not make a model"),
+    "images without channels": (lambda c: c.put("dataset.json", b"{}"), "do not make a model .KeyError"),
+    "labels that are none": (
+        lambda c: c.change_json("dataset.json", lambda content: content.update(labels=3)),
+        "do not make a model",
+    ),
     "unknown trainer": (set_model(trainer="Nobody"), "There is no trainer called 'Nobody'"),
     "trainer that is a module": (set_model(trainer="torch"), "There is no trainer called 'torch'"),
     "unknown configuration": (set_model(configuration="4d"), "has no configuration '4d'"),

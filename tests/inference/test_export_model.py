@@ -23,7 +23,7 @@ from lgssl_nnunet.inference.stored_model import read_stored_model
 PATIENT = "meier_johanna_19510203"
 EMBEDDINGS = np.random.default_rng(0).normal(size=(3, 8)).tolist()
 SPLIT = {"labeled": [PATIENT, "a"], "unlabeled": [f"{PATIENT}_2"], "validation": [], "test": [f"{PATIENT}_3"]}
-SECRETS = (PATIENT, "/home/", "optimizer")
+SECRETS = (PATIENT, "/Users/", "optimizer")
 
 
 def change(file: Path, **values: object) -> None:
@@ -46,7 +46,7 @@ def guided(model_maker) -> Path:
     from lgssl_nnunet.trainers.lg_ssl import LGSSLTrainer
 
     folder = model_maker(trainer="LGSSLTrainer", trained_by="LGSSLTrainer")
-    options = {"text_encoder": f"file:/home/{PATIENT}/bank.npz", "tvsf_stages": 2}
+    options = {"text_encoder": f"file:/Users/{PATIENT}/bank.npz", "tvsf_stages": 2}
     block = {
         "schema_version": 1,
         "split": SPLIT,
@@ -57,7 +57,11 @@ def guided(model_maker) -> Path:
         "what comes later": {PATIENT: 1},
     }
     change(folder / "plans.json", lgssl=block)
-    described = {"dataset": {PATIENT: {"images": [f"/home/{PATIENT}.nii.gz"]}}, "training": [PATIENT], "licence": "MIT"}
+    described = {
+        "dataset": {PATIENT: {"images": [f"/Users/{PATIENT}.nii.gz"]}},
+        "training": [PATIENT],
+        "licence": "MIT",
+    }
     change(folder / "dataset.json", **described)
     (folder / "fold_0" / "training_log.txt").write_text(PATIENT)
     (folder / "crossval_results_folds_0").mkdir()
