@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "sparse_annotation": "lgssl_nnunet.plans.sparse_annotation",
     "train": "lgssl_nnunet.training",
     "predict": "lgssl_nnunet.inference.predict",
+    "export_model": "lgssl_nnunet.inference.export_model",
     "evaluate": "lgssl_nnunet.evaluation.evaluate",
     "report": "lgssl_nnunet.evaluation.report.report",
     "benchmark": "lgssl_nnunet.evaluation.benchmark.benchmark",

@@ -60,10 +60,13 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
 
 def _find_stock_trainer(name: str) -> type[nnUNetTrainer] | None:
     import nnunetv2
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
     folder = Path(nnunetv2.__path__[0]) / "training" / "nnUNetTrainer"
     with warnings.catch_warnings():
         # The search imports modules of nnU-Net that use what torch calls deprecated.
         warnings.simplefilter("ignore", FutureWarning)
-        return recursive_find_python_class(str(folder), name, "nnunetv2.training.nnUNetTrainer", nnunetv2.__path__[0])
+        found = recursive_find_python_class(str(folder), name, "nnunetv2.training.nnUNetTrainer", nnunetv2.__path__[0])
+    # The search takes whatever has the name, such as what those modules import.
+    return found if isinstance(found, type) and issubclass(found, nnUNetTrainer) else None

@@ -36,6 +36,9 @@ VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
 EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
 PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
 EXPORT = "lgssl_nnunet/inference/export.py"
+STORED = "lgssl_nnunet/inference/stored_model.py"
+KNOWN = "lgssl_nnunet/inference/known_classes.py"
+STOCK = "lgssl_nnunet/inference/stock_model.py"
 SELECTION_MAPS = "lgssl_nnunet/inference/selection_maps.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
@@ -87,7 +90,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
         "trainers/mcf.py: MCFTrainer.build_network_architecture",
         "trainers/co_bionet.py: CoBioNetTrainer.build_network_architecture",
         "trainers/lg_ssl.py: LGSSLTrainer.build_network_architecture",
-        f"{PREDICTOR}.load_model",
+        f"{STORED}: StoredModel.build_network",
     ),
     # The trainer: methods that ours calls, or whose order of calls it counts on.
     f"{TRAINER}.run_training": (f"{BASE}.run_training", f"{BASE}._run_epoch", f"{TRAINING}: train"),
@@ -208,7 +211,11 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     # Prediction and evaluation.
     f"{NNUNET_PREDICTOR}.__init__": (f"{PREDICTOR}.__init__",),
-    f"{NNUNET_PREDICTOR}.initialize_from_trained_model_folder": (f"{PREDICTOR}.load_model",),
+    f"{NNUNET_PREDICTOR}.initialize_from_trained_model_folder": (
+        f"{PREDICTOR}.load_model",
+        f"{STORED}: _read_folder",
+        f"{STOCK}: _stock_checkpoint",
+    ),
     f"{NNUNET_PREDICTOR}.manual_initialization": (f"{PREDICTOR}.manual_initialization",),
     f"{NNUNET_PREDICTOR}.predict_logits_from_preprocessed_data": (
         f"{PREDICTOR}._logits",
@@ -257,10 +264,11 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     f"{UTILITIES}/json_export.py: recursive_fix_for_json_export": (f"{EVALUATION_FILES}: _summary",),
     # Plans, labels and networks.
-    f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager": (f"{PREDICTOR}.load_model", f"{BASE}.__init__"),
+    f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager": (f"{STORED}: _stored", f"{BASE}.__init__"),
     f"{UTILITIES}/plans_handling/plans_handler.py: ConfigurationManager": (
         "lgssl_nnunet/networks/language_guided.py: build_language_guided_unet",
         f"{BASE}.get_dataloaders",
+        f"{KNOWN}: require_known_classes",
     ),
     f"{UTILITIES}/label_handling/label_handling.py: LabelManager": (
         "lgssl_nnunet/engine/labels.py: one_hot",
@@ -268,10 +276,21 @@ WATCHED: dict[str, tuple[str, ...]] = {
         f"{SELECTION_MAPS}: one_channel",
         "plans/dataset_json.py: label_problems",
     ),
-    f"{UTILITIES}/label_handling/label_handling.py: determine_num_input_channels": (f"{PREDICTOR}.load_model",),
+    f"{UTILITIES}/label_handling/label_handling.py: determine_num_input_channels": (
+        f"{STORED}: StoredModel.num_channels",
+    ),
+    # What plans name, and where nnU-Net looks for it.
+    f"{UTILITIES}/label_handling/label_handling.py: get_labelmanager_class_from_plans": (f"{KNOWN}: _foreign_steps",),
+    f"{IMAGE_IO}/reader_writer_registry.py: recursive_find_reader_writer_by_name": (f"{KNOWN}: known_reader",),
+    "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor._normalize": (
+        f"{KNOWN}: _foreign_steps",
+    ),
+    "nnunetv2/preprocessing/resampling/utils.py: recursive_find_resampling_fn_by_name": (f"{KNOWN}: _foreign_steps",),
+    "nnunetv2/model_sharing/model_import.py: install_model_from_zip_file": (f"{STOCK}: write_stock_zip",),
     f"{UTILITIES}/get_network_from_plans.py: get_network_from_plans": (
         "lgssl_nnunet/networks/language_guided.py: build_language_guided_unet",
         f"{MIXIN}.static_estimate_VRAM_usage",
+        f"{KNOWN}: _foreign_layers",
     ),
     f"{BLOCKS}/unet_decoder.py: UNetDecoder.__init__": (SECOND_DECODER,),
     f"{BLOCKS}/unet_decoder.py: UNetDecoder.forward": (
@@ -303,6 +322,7 @@ ONLY_NAMED = {
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert2DTo3DTransform",
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert3DTo2DTransform",
     "nnunetv2/imageio/base_reader_writer.py: BaseReaderWriter",
+    "nnunetv2/preprocessing/normalization/default_normalization_schemes.py: ImageNormalization",
     "nnunetv2/imageio/simpleitk_reader_writer.py: SimpleITKIO",
 }
 

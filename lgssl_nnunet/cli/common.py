@@ -78,6 +78,33 @@ def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add what chooses a trained model: nnU-Net's `-d -p -tr -c -f`, or `-m`; and return the group."""
+    group = parser.add_argument_group("which model")
+    group.add_argument("-d", metavar="DATASET", help="id or name of the dataset, 501 or Dataset501_Liver")
+    group.add_argument("-p", metavar="PLANS", help="plans identifier, for example LGSSLPlans_labeled8")
+    group.add_argument("-tr", metavar="TRAINER", help="trainer, for example LGSSLTrainer")
+    group.add_argument("-c", metavar="CONFIGURATION", help="configuration, for example 3d_fullres")
+    group.add_argument(
+        "-f",
+        nargs="+",
+        metavar="FOLD",
+        help="folds, whose predictions are averaged: numbers or all; default: every finished fold, or all alone",
+    )
+    group.add_argument(
+        "-m",
+        metavar="MODEL",
+        help="folder with plans.json and fold_*, or a bundle of lgssl_export_model, instead of -d -p -tr -c",
+    )
+    group.add_argument(
+        "--trust_checkpoint",
+        action="store_true",
+        help="read a checkpoint that holds more than tensors and numbers, and run what it asks for: only if you trust "
+        "its source like a program's",
+    )
+    return group
+
+
 def add_processes_argument(parser: argparse.ArgumentParser, what: str = "worker processes") -> None:
     """Add `-np`, a number of processes that is at most 8 and at most one per core by default."""
     parser.add_argument(

@@ -6,13 +6,20 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from lgssl_nnunet.cli.common import add_common_arguments, choose_device, command_parser, run_command
+from lgssl_nnunet.cli.common import (
+    add_common_arguments,
+    add_model_arguments,
+    choose_device,
+    command_parser,
+    run_command,
+)
 
 _EXAMPLES = """\
 examples:
   lgssl_predict -i imagesTs -o segmentations
   lgssl_predict -i scan.nii.gz -o segmentations -d 501 -tr LGSSLTrainer
   lgssl_predict -i imagesTs -o segmentations -m MODEL_FOLDER -f 0 1 2 --precision fp32
+  lgssl_predict -i imagesTs -o segmentations -m liver.zip      # a bundle of lgssl_export_model
 
 Without -d, -tr, -p, -c: if all finished models belong to one dataset, its newest one predicts, a semi-supervised
 one before SupervisedTrainer; otherwise the datasets are listed. The model is printed and written into the output.
@@ -67,30 +74,13 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
         "selection_maps/CASE.nii.gz, and a picture of it, selection_maps/CASE.png; needs a model with prompts "
         "(LGSSLTrainer)",
     )
-    group = parser.add_argument_group("which model")
-    group.add_argument("-d", metavar="DATASET", help="id or name of the dataset, 501 or Dataset501_Liver")
-    group.add_argument("-p", metavar="PLANS", help="plans identifier, for example LGSSLPlans_labeled8")
-    group.add_argument("-tr", metavar="TRAINER", help="trainer, for example LGSSLTrainer")
-    group.add_argument("-c", metavar="CONFIGURATION", help="configuration, for example 3d_fullres")
-    group.add_argument(
-        "-f",
-        nargs="+",
-        metavar="FOLD",
-        help="folds whose predictions are averaged: numbers or all; default: every finished fold, or all alone",
-    )
+    group = add_model_arguments(parser)
     group.add_argument(
         "-chk",
         default="checkpoint_final.pth",
         metavar="FILE",
         help="file name of the checkpoint (default: %(default)s)",
     )
-    group.add_argument(
-        "--trust_checkpoint",
-        action="store_true",
-        help="read a checkpoint that holds more than tensors and numbers, and run what it asks for: only if you trust "
-        "its source like a program's",
-    )
-    group.add_argument("-m", metavar="MODEL_FOLDER", help="folder with plans.json and fold_*, instead of -d -p -tr -c")
     group.add_argument(
         "-prev_stage_predictions", metavar="FOLDER", help="not supported: cascades are refused, use nnUNetv2_predict"
     )

@@ -118,8 +118,8 @@ def read_checkpoint(
         if foreign:
             raise CheckpointError(
                 f"{file} holds more than tensors and numbers ({', '.join(foreign)}), which can run anything when it is "
-                "read: ask for a checkpoint without it. If you trust its source like a program's, lgssl_predict and "
-                "-pretrained_weights take it with --trust_checkpoint."
+                "read: ask for a bundle of lgssl_export_model. If you trust its source like a program's, "
+                "lgssl_predict, lgssl_export_model and -pretrained_weights take it with --trust_checkpoint."
             ) from error
         raise CheckpointError(
             f"{file} cannot be read ({_short(error)}); it is damaged or no checkpoint of nnU-Net."

@@ -1,6 +1,6 @@
 """Which trained models there are, and which of them predicts when the user names few or none of its parts.
 
-Reads folder names and files only: no torch, no nnU-Net.
+Reads folder names, files and manifests of bundles only: no torch, no nnU-Net.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 
 from lgssl_nnunet.errors import CheckpointError, UsageError
-from lgssl_nnunet.paths import dataset_number, is_dataset
+from lgssl_nnunet.inference.bundles import Bundle, open_bundle
+from lgssl_nnunet.paths import data_folders, dataset_number, is_dataset
 from lgssl_nnunet.registry import trainer_names
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
@@ -52,10 +53,38 @@ class TrainedModel:
         files = [self.checkpoint_file(fold, checkpoint) for fold in self.folds_with(checkpoint)]
         return max((file.stat().st_mtime for file in files), default=0.0)
 
+    def read_json(self, name: str) -> dict:
+        """Return `plans.json` or `dataset.json`.
+
+        Raises:
+            CheckpointError: the file is missing or no JSON.
+        """
+        return read_model_json(self.folder, name)
+
     def __str__(self) -> str:
         if not self.trainer:
             return str(self.folder)
         return f"{self.dataset} {self.trainer} {self.plans} {self.configuration}"
+
+
+@dataclass(frozen=True)
+class BundledModel(TrainedModel):
+    """A model in a bundle, whose file stands for the folder."""
+
+    bundle: Bundle
+
+    def folds_with(self, checkpoint: str = FINAL_CHECKPOINT) -> tuple[str, ...]:
+        """Return the folds whose weights of this checkpoint are in the bundle."""
+        return tuple(part.fold for part in self.bundle.weights if part.checkpoint == checkpoint)
+
+    def modified(self, checkpoint: str = FINAL_CHECKPOINT) -> float:
+        """Return when the newest of the checkpoints was written, before it went into the bundle."""
+        times = [part.written.timestamp() for part in self.bundle.weights if part.checkpoint == checkpoint]
+        return max(times, default=0.0)
+
+    def read_json(self, name: str) -> dict:
+        """Return `plans.json` or `dataset.json`."""
+        return self.bundle.read_json(name)
 
 
 @dataclass(frozen=True)
@@ -69,12 +98,8 @@ class ChosenModel:
 
     @property
     def folder(self) -> Path:
-        """The model folder."""
+        """The model folder, or the bundle."""
         return self.model.folder
-
-    def checkpoint_files(self) -> list[Path]:
-        """Return the checkpoint file of each chosen fold."""
-        return [self.model.checkpoint_file(fold, self.checkpoint) for fold in self.folds]
 
     def __str__(self) -> str:
         trained = datetime.fromtimestamp(self.model.modified(self.checkpoint)).strftime("%Y-%m-%d %H:%M")
@@ -99,21 +124,65 @@ def find_models(results: str | Path) -> list[TrainedModel]:
 def model_from_folder(
     folder: str | Path, folds: Sequence[int | str] | None = None, checkpoint: str = FINAL_CHECKPOINT
 ) -> ChosenModel:
-    """Return the model of a named model folder, with all its folds that hold the checkpoint unless folds are given.
+    """Return the model of a named folder or bundle, with all its folds that hold the checkpoint unless folds are given.
 
     Raises:
-        CheckpointError: the folder is no model folder or lacks a checkpoint.
+        CheckpointError: the folder is no model folder, the file no bundle, or a checkpoint is not there.
     """
     folder = Path(folder).expanduser()
+    if folder.is_file():
+        return _model_from_bundle(folder, folds, checkpoint)
     if not folder.is_dir():
-        kind = "a file; unpack it first (nnUNetv2_install_pretrained_model_from_zip)" if folder.is_file() else "missing"
-        raise CheckpointError(f"The model folder {folder} is {kind}; give the folder that holds plans.json and fold_*.")
+        raise CheckpointError(
+            f"The model folder {folder} is missing; give the folder that holds plans.json and fold_*, or a bundle."
+        )
     if folder.name.startswith("fold_"):
         raise CheckpointError(f"{folder} is one fold; give the model folder {folder.parent} and the fold with -f.")
     model = _read_model(folder) or TrainedModel(
         dataset=folder.parent.name, trainer="", plans="", configuration="", folder=folder, folds=_folds(folder)
     )
     return ChosenModel(model, _choose_folds(model, folds, checkpoint), checkpoint, "named with -m")
+
+
+def _model_from_bundle(file: Path, folds: Sequence[int | str] | None, checkpoint: str) -> ChosenModel:
+    bundle = open_bundle(file)
+    parts = (bundle.dataset, bundle.trainer, bundle.plans, bundle.configuration)
+    model = BundledModel(*parts, folder=file, folds=tuple({part.fold: None for part in bundle.weights}), bundle=bundle)
+    if not _has_folds(model, folds, checkpoint):
+        wanted = f"{checkpoint} of fold {' '.join(map(str, folds))}" if folds else checkpoint
+        there = ", ".join(f"{part.checkpoint} of fold {part.fold}" for part in bundle.weights)
+        raise CheckpointError(f"{file} has no {wanted}: choose with -f and -chk among what it holds, {there}.")
+    return ChosenModel(model, _choose_folds(model, folds, checkpoint), checkpoint, "bundle named with -m")
+
+
+def select_model(
+    model_folder: str | Path | None,
+    dataset: int | str | None,
+    trainer: str | None,
+    plans: str | None,
+    configuration: str | None,
+    folds: Sequence[int | str] | None,
+    checkpoint: str,
+) -> ChosenModel:
+    """Return the model of a named folder or bundle, or the one in nnUNet_results that fits the other arguments.
+
+    Raises:
+        UsageError: both are given, and as for `choose_model`.
+        CheckpointError: as for `model_from_folder` and `choose_model`.
+    """
+    if model_folder is None:
+        return choose_model(
+            find_models(data_folders()["nnUNet_results"].path),
+            dataset=dataset,
+            trainer=trainer,
+            plans=plans,
+            configuration=configuration,
+            folds=folds,
+            checkpoint=checkpoint,
+        )
+    if any(part is not None for part in (dataset, trainer, plans, configuration)):
+        raise UsageError("-m names the model folder or the bundle, so leave out -d, -tr, -p and -c.")
+    return model_from_folder(model_folder, folds, checkpoint)
 
 
 def choose_model(

@@ -14,23 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import read_json_if_valid, write_json
-from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images
+from lgssl_nnunet.inference.cases import Inputs, collect_images
 from lgssl_nnunet.inference.device import choose_device
-from lgssl_nnunet.inference.models import (
-    FINAL_CHECKPOINT,
-    ChosenModel,
-    choose_model,
-    find_models,
-    model_from_folder,
-    read_model_json,
-)
+from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, ChosenModel, select_model
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, resolve_precision
 from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
-from lgssl_nnunet.paths import data_folders
+from lgssl_nnunet.inference.stored_model import image_rules
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +81,7 @@ def predict(
         plans: plans identifier.
         trainer: trainer class name.
         checkpoint: file name of the checkpoint.
-        model_folder: use this model folder instead of looking in nnUNet_results.
+        model_folder: use this model folder or bundle instead of looking in nnUNet_results.
         precision: "auto" (the fastest that the device computes natively), "stock" (to the voxel what nnUNetv2_predict
             writes), "fp32", "bf16" or "fp16".
         step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
@@ -125,7 +117,7 @@ def predict(
     _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
     device = choose_device(device)
     precision = resolve_precision(precision, device)
-    chosen = _choose(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
+    chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
     output = Path(output).expanduser()
     cases = _cases(input, output, chosen, save_selection_maps)[part_id::num_parts]
@@ -192,43 +184,15 @@ def _check_arguments(
         raise UsageError("--continue_prediction keeps existing segmentations and --overwrite replaces them; give one.")
 
 
-def _choose(
-    model_folder: str | Path | None,
-    dataset: int | str | None,
-    trainer: str | None,
-    plans: str | None,
-    configuration: str | None,
-    folds: Sequence[int | str] | None,
-    checkpoint: str,
-) -> ChosenModel:
-    """Return the model of `model_folder`, or the one in nnUNet_results that fits the other arguments."""
-    if model_folder is None:
-        return choose_model(
-            find_models(data_folders()["nnUNet_results"].path),
-            dataset=dataset,
-            trainer=trainer,
-            plans=plans,
-            configuration=configuration,
-            folds=folds,
-            checkpoint=checkpoint,
-        )
-    if any(part is not None for part in (dataset, trainer, plans, configuration)):
-        raise UsageError("-m names the model folder, so leave out -d, -tr, -p and -c.")
-    return model_from_folder(model_folder, folds, checkpoint)
-
-
 def _cases(inputs: Inputs, output: Path, chosen: ChosenModel, save_selection_maps: bool) -> list[Case]:
     """Return the cases of the input in alphabetical order, checked against the model and the output folder."""
-    dataset_json = read_model_json(chosen.folder, "dataset.json")
-    reader = PlansManager(read_model_json(chosen.folder, "plans.json")).image_reader_writer_class
-    ending = dataset_json["file_ending"]
+    rules = image_rules(chosen.model.read_json("plans.json"), chosen.model.read_json("dataset.json"), chosen.folder)
+    ending = rules.file_ending
     if save_selection_maps:
-        require_float_format(reader, ending)
+        require_float_format(rules.reader, ending)
     if output.is_file() or output.name.endswith(ending):
         raise UsageError(f"-o {output} is a file; give the folder that the segmentations go to.")
-    channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
-    names = tuple(channels[key] for key in sorted(channels, key=int))
-    images = collect_images(inputs, ImageRules(names, ending, reader))
+    images = collect_images(inputs, rules)
     if output.resolve() in {file.parent.resolve() for files in images.values() for file in files}:
         raise UsageError(f"-o {output} is the folder of the images; choose another, so that no image is overwritten.")
     return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]

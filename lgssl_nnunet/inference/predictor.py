@@ -22,24 +22,20 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
-from lgssl_nnunet.errors import CheckpointError, DatasetError, UsageError
+from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.inference.cases import require_finite
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
-from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, read_model_json
-from lgssl_nnunet.registry import find_trainer
+from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
+from lgssl_nnunet.inference.stored_model import read_stored_model
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "stock", "fp32", "bf16", "fp16")
-_KNOWN_CLASSES = ("torch.nn.", "dynamic_network_architectures.")
-_NEEDED = ("trainer_name", "init_args", "network_weights")
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 VIEWS_AT_ONCE = 2
@@ -112,10 +108,10 @@ class LGSSLPredictor(nnUNetPredictor):
         checkpoint_name: str = FINAL_CHECKPOINT,
         trust: bool = False,
     ) -> None:
-        """Build the network of a model folder and load the weights of its folds, whose logits are averaged.
+        """Build the network of a model and load the weights of its folds, whose logits are averaged.
 
         Args:
-            folder: a model folder of nnU-Net's layout.
+            folder: a model folder of nnU-Net's layout, or a bundle.
             folds: the folds to use.
             checkpoint_name: the checkpoint's file name.
             trust: as for `read_checkpoint`.
@@ -125,35 +121,15 @@ class LGSSLPredictor(nnUNetPredictor):
                 network's, or the weights do not fit the network.
             UsageError: the trainer is unknown, or the configuration is a cascade.
         """
-        folder = Path(folder)
-        dataset_json = read_model_json(folder, "dataset.json")
-        plans_manager = PlansManager(read_model_json(folder, "plans.json"))
-        files = [folder / f"fold_{fold}" / checkpoint_name for fold in folds]
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"{missing[0]} is missing; choose folds with -f or a checkpoint with -chk.")
-        checkpoints = [read_checkpoint(file, *_NEEDED, trust=trust) for file in files]
-        trainer_name = checkpoints[0]["trainer_name"]
-        configuration_manager = _configuration(plans_manager, checkpoints[0]["init_args"]["configuration"], folder)
-        _require_known_classes(configuration_manager, folder / "plans.json")
-        network = find_trainer(trainer_name).build_network_architecture(
-            plans_manager,
-            configuration_manager,
-            determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
-            plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
-            enable_deep_supervision=False,
-        )
-        parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
-        for file, weights in zip(files, parameters, strict=True):
-            _load_weights(network, weights, file)
+        stored = read_stored_model(folder, folds, checkpoint_name, trust)
         self.manual_initialization(
-            network,
-            plans_manager,
-            configuration_manager,
-            parameters,
-            dataset_json,
-            trainer_name,
-            checkpoints[0].get("inference_allowed_mirroring_axes"),
+            stored.network_with_weights(),
+            stored.plans_manager,
+            stored.configuration_manager,
+            list(stored.weights.values()),
+            stored.dataset_json,
+            stored.trainer,
+            stored.mirroring_axes,
         )
 
     def manual_initialization(
@@ -353,43 +329,6 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             "times slower than fp32); use --precision auto, fp32 or stock."
         )
     return precision
-
-
-def _require_known_classes(configuration_manager: ConfigurationManager, file: Path) -> None:
-    """Refuse plans that would import anything but networks and layers: nnU-Net imports whatever they name."""
-    options = configuration_manager.network_arch_init_kwargs
-    layers = [options[key] for key in configuration_manager.network_arch_init_kwargs_req_import if options.get(key)]
-    names = [str(name) for name in (configuration_manager.network_arch_class_name, *layers)]
-    foreign = [name for name in names if not name.startswith(_KNOWN_CLASSES)]
-    if foreign:
-        raise CheckpointError(
-            f"{file} builds its network from {', '.join(foreign)}, which is no class of torch.nn or "
-            "dynamic_network_architectures: ask for a model that was planned by nnU-Net or lgssl_plan_and_preprocess."
-        )
-
-
-def _load_weights(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"The weights in {file} do not fit the network that its trainer builds from plans.json: the folder mixes "
-            f"two models, or the versions differ from those of the training (lgssl_info shows yours). {error}"
-        ) from error
-
-
-def _configuration(plans_manager: PlansManager, name: str, folder: Path) -> ConfigurationManager:
-    if name not in plans_manager.available_configurations:
-        raise CheckpointError(
-            f"{folder / 'plans.json'} has no configuration {name!r}, which the checkpoint was trained with."
-        )
-    configuration = plans_manager.get_configuration(name)
-    if configuration.previous_stage_name is not None:
-        raise UsageError(
-            f"{name} is the second stage of a cascade, which lgssl_predict does not run; predict with another "
-            "configuration (-c), or with nnUNetv2_predict."
-        )
-    return configuration
 
 
 def _preprocess(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict]:

@@ -138,7 +138,7 @@ def test_a_named_model_folder_may_have_any_name(tmp_path):
     add(tmp_path, "my_model", dataset="somewhere")
     chosen = lookup.model_from_folder(tmp_path / "somewhere" / "my_model")
     assert chosen.folds == ("0",)
-    assert chosen.checkpoint_files()[0].is_file()
+    assert chosen.model.checkpoint_file("0").is_file()
     assert str(chosen).startswith(f"{tmp_path / 'somewhere' / 'my_model'}, fold 0")
 
 
