@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -18,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import read_json_if_valid, write_json
-from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images
+from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images, segmentation_problem
 from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.models import (
     FINAL_CHECKPOINT,
@@ -28,8 +29,9 @@ from lgssl_nnunet.inference.models import (
     model_from_folder,
     read_model_json,
 )
-from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, resolve_precision
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, remove_leftovers, resolve_precision
 from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
+from lgssl_nnunet.locks import hold_lock
 from lgssl_nnunet.paths import data_folders
 
 logger = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ def predict(
         save_selection_maps: also write `selection_maps/<case><ending>`, where the text-vision fusion of LGSSLTrainer
             lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
             `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
-        continue_prediction: skip cases that `output` already holds. Where only the selection map is missing, it is made
+        continue_prediction: skip cases that `output` already holds, whole and of their image's size. Where only the selection map is missing, it is made
             and the segmentation stays.
         overwrite: replace what `output` already holds.
         num_processes_preprocessing: worker processes that read and resample images.
@@ -120,6 +122,7 @@ def predict(
             selection maps of a model without prompts or in a format without fractions.
         CheckpointError: no finished model, or a damaged one.
         DatasetError: images that do not fit the model; all problems together.
+        FolderBusyError: another call is predicting into `output`.
         PredictionError: cases that failed, after all others were written.
     """
     _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
@@ -128,7 +131,8 @@ def predict(
     chosen = _choose(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
     output = Path(output).expanduser()
-    cases = _cases(input, output, chosen, save_selection_maps)[part_id::num_parts]
+    rules = _rules(chosen)
+    cases = _cases(input, output, rules, save_selection_maps)[part_id::num_parts]
     predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
         precision=precision,
@@ -140,17 +144,23 @@ def predict(
     )
     predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint)
     records = _records(chosen, predictor)
-    _check_output(output, cases, records, overwrite, continue_prediction, save_selection_maps)
-    todo = _unfinished(cases, save_probabilities, save_selection_maps) if continue_prediction else cases
-    logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
-    options = {
-        "save_probabilities": save_probabilities,
-        "num_processes_preprocessing": num_processes_preprocessing,
-        "num_processes_segmentation_export": num_processes_segmentation_export,
-    }
-    for name, record in {**records, "predict_from_raw_data_args.json": _arguments(todo, output, options)}.items():
-        write_json(record, output / name)
-    _predict_all(predictor, todo, options)
+    checks = (output, cases, records, overwrite, continue_prediction, save_selection_maps)
+    _check_output(*checks)
+    # Calls with other parts of the cases may work beside this one.
+    with hold_lock(output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", output):
+        _check_output(*checks)  # again, because a call that held the lock may have written since
+        for case in cases:
+            remove_leftovers(case)
+        todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
+        logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
+        options = {
+            "save_probabilities": save_probabilities,
+            "num_processes_preprocessing": num_processes_preprocessing,
+            "num_processes_segmentation_export": num_processes_segmentation_export,
+        }
+        for name, record in {**records, "predict_from_raw_data_args.json": _arguments(todo, output, options)}.items():
+            write_json(record, output / name)
+        _predict_all(predictor, todo, options)
     logger.info("Segmentations are in %s", output)
     return [case.output for case in cases]
 
@@ -217,32 +227,53 @@ def _choose(
     return model_from_folder(model_folder, folds, checkpoint)
 
 
-def _cases(inputs: Inputs, output: Path, chosen: ChosenModel, save_selection_maps: bool) -> list[Case]:
-    """Return the cases of the input in alphabetical order, checked against the model and the output folder."""
+def _rules(chosen: ChosenModel) -> ImageRules:
+    """Return what the model expects of its images."""
     dataset_json = read_model_json(chosen.folder, "dataset.json")
     reader = PlansManager(read_model_json(chosen.folder, "plans.json")).image_reader_writer_class
-    ending = dataset_json["file_ending"]
+    channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+    return ImageRules(tuple(channels[key] for key in sorted(channels, key=int)), dataset_json["file_ending"], reader)
+
+
+def _cases(inputs: Inputs, output: Path, rules: ImageRules, save_selection_maps: bool) -> list[Case]:
+    """Return the cases of the input in alphabetical order, checked against the model and the output folder."""
+    ending = rules.file_ending
     if save_selection_maps:
-        require_float_format(reader, ending)
+        require_float_format(rules.reader, ending)
     if output.is_file() or output.name.endswith(ending):
         raise UsageError(f"-o {output} is a file; give the folder that the segmentations go to.")
-    channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
-    names = tuple(channels[key] for key in sorted(channels, key=int))
-    images = collect_images(inputs, ImageRules(names, ending, reader))
+    images = collect_images(inputs, rules)
     if output.resolve() in {file.parent.resolve() for files in images.values() for file in files}:
         raise UsageError(f"-o {output} is the folder of the images; choose another, so that no image is overwritten.")
     return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]
 
 
-def _unfinished(cases: Sequence[Case], save_probabilities: bool, save_selection_maps: bool) -> list[Case]:
+def _unfinished(
+    cases: Sequence[Case], rules: ImageRules, save_probabilities: bool, save_selection_maps: bool
+) -> list[Case]:
     """Return the cases that lack a wanted file, marked where only the selection map has to be made."""
-    marked = [replace(case, is_segmented=_is_segmented(case, save_probabilities)) for case in cases]
+    marked = [replace(case, is_segmented=_is_segmented(case, rules, save_probabilities)) for case in cases]
     return [case for case in marked if not case.is_segmented or (save_selection_maps and not _has_map(case))]
 
 
-def _is_segmented(case: Case, save_probabilities: bool) -> bool:
+def _is_segmented(case: Case, rules: ImageRules, save_probabilities: bool) -> bool:
+    """Whether the segmentation is there and can be kept; what is there and damaged is told."""
+    if not case.output.is_file():
+        return False
+    problem = segmentation_problem(case.output, case.files[0], rules)
+    if problem:
+        logger.warning("%s %s; it is predicted again.", case.output, problem)
+        return False
     probabilities = case.output.with_name(f"{case.name}.npz")
-    return case.output.is_file() and (probabilities.is_file() or not save_probabilities)
+    return not save_probabilities or (_is_whole_archive(probabilities) and probabilities.with_suffix(".pkl").is_file())
+
+
+def _is_whole_archive(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _has_map(case: Case) -> bool:
