@@ -28,7 +28,11 @@ from lgssl_nnunet.files import (
     content_hash,
     copy_file,
     environment,
+    file_record,
     file_signature,
+    has_size,
+    is_unchanged,
+    move_into_place,
     read_json_if_valid,
     write_json,
 )
@@ -137,7 +141,7 @@ def preprocess_configuration(
             if isinstance(result, CaseFailure):
                 failures[name] = result
                 continue
-            done[name] = keys[name]
+            done[name] = keys[name] | {"files": result}
             if time.monotonic() - last_written > _SECONDS_BETWEEN_MANIFESTS:
                 write_json(done, folders.manifest)
                 last_written = time.monotonic()
@@ -155,8 +159,8 @@ def preprocess_case(
     configuration: str,
     dataset_json: dict[str, Any],
     verbose: bool = False,
-) -> None:
-    """Preprocess one case into temporary files and move them to their place."""
+) -> dict[str, dict[str, Any]]:
+    """Preprocess one case into temporary files, move them to their place and return their records by name."""
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
@@ -173,8 +177,9 @@ def preprocess_case(
                 images, None, plans_manager, configuration_manager, dataset_json
             )
             _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
-    for target in folders.files(case.identifier, case.label is not None):
-        os.replace(folders.unfinished / target.name, target)
+    targets = folders.files(case.identifier, case.label is not None)
+    move_into_place({folders.unfinished / target.name: target for target in targets})
+    return {target.name: file_record(target) for target in targets}
 
 
 def copy_labels(dataset: RawDataset, preprocessed: Path) -> None:
@@ -206,6 +211,11 @@ def _save_image(data: np.ndarray, mask: np.ndarray, properties: dict, unfinished
         blocks_seg=mask_blocks,
     )
     os.remove(f"{unfinished}_seg.b2nd")
+
+
+def sources_of(entry: Any) -> Any:
+    """Return what a case was made from, out of its entry in the manifest: all but the records of its files."""
+    return {key: value for key, value in entry.items() if key != "files"} if isinstance(entry, dict) else entry
 
 
 def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str) -> dict[str, dict[str, Any]]:
@@ -256,20 +266,30 @@ def unprepared_cases(
         for name, is_labeled in wanted.items()
         if (done.get(name) or {}).get("settings") != settings
         or done[name]["labeled"] != is_labeled
-        or not all(file.exists() for file in folders.files(name, is_labeled))
+        or not all(
+            has_size(file, done[name].get("files", {}).get(file.name)) for file in folders.files(name, is_labeled)
+        )
     )
 
 
 def _finished_cases(folders: CaseFolders, dataset: RawDataset, keys: Mapping[str, dict]) -> dict[str, dict]:
+    """Return the manifest's entries of the cases whose sources, settings and preprocessed files have not changed."""
     manifest = read_json_if_valid(folders.manifest)
     if not isinstance(manifest, dict):
         return {}
-    return {
-        name: keys[name]
-        for name, case in dataset.cases.items()
-        if manifest.get(name) == keys[name]
-        and all(file.exists() for file in folders.files(name, case.label is not None))
-    }
+    finished = {}
+    for name, case in dataset.cases.items():
+        entry = manifest.get(name)
+        if sources_of(entry) != keys[name]:
+            continue
+        records = entry.get("files", {})  # manifests of 0.1.0 have none
+        files = folders.files(name, case.label is not None)
+        changed = [file.name for file in files if not is_unchanged(file, records.get(file.name))]
+        if changed:
+            logger.warning("%s: %s is missing or not as written; preprocessed again.", name, changed[0])
+        else:
+            finished[name] = entry
+    return finished
 
 
 def _prepare_folders(folders: CaseFolders, dataset: RawDataset) -> None:
