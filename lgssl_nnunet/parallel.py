@@ -48,8 +48,8 @@ def run_cases(
 ) -> Iterator[tuple[str, Any]]:
     """Call `function(*tasks[case])` for every case and yield the results as they are finished.
 
-    A case whose worker process dies (killed by the system, mostly for lack of memory) is named in the log and tried once
-    more at the end, alone, when no other takes memory.
+    A case whose worker process dies (killed by the system, mostly for lack of memory) is named in the log and tried
+    once more at the end, alone, when no other takes memory.
 
     Args:
         function: a module-level function (worker processes import it).

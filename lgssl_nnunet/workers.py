@@ -71,8 +71,8 @@ class WorkerPool(Executor):
             process.submit(os.getpid).result()
         except BrokenProcessPool:
             raise WorkerStartError(
-                "No worker process can be started: in a script, call from under `if __name__ == '__main__':`; if memory "
-                "is short, use no worker processes (0)."
+                "No worker process can be started: in a script, call from under `if __name__ == '__main__':`; if "
+                "memory is short, use no worker processes (0)."
             ) from None
         self._own.process = process
         with self._changing:

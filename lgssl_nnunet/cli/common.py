@@ -21,7 +21,9 @@ INTERRUPTED = 130
 
 _SYSTEM_REFUSALS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the command again"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to, or its permissions"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to, or its permissions"
+    ),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n) or use fewer processes"),
     **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or the network drive and run the command again"),
 }

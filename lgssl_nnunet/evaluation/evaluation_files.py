@@ -17,8 +17,8 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion
 from lgssl_nnunet.evaluation.metrics import POLICY, ClassMean, ClassResult, class_means, foreground_mean
 from lgssl_nnunet.files import write_atomically, write_json
-from lgssl_nnunet.locks import hold_lock
 from lgssl_nnunet.installation import installed_version
+from lgssl_nnunet.locks import hold_lock
 
 _LIBRARIES = ("nnunetv2", "surface-distance", "MedPy", "connected-components-3d")
 

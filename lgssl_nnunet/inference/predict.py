@@ -100,8 +100,8 @@ def predict(
         save_selection_maps: also write `selection_maps/<case><ending>`, where the text-vision fusion of LGSSLTrainer
             lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
             `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
-        continue_prediction: skip cases that `output` already holds, whole and of their image's size. Where only the selection map is missing, it is made
-            and the segmentation stays.
+        continue_prediction: skip cases that `output` already holds, whole and of their image's size. Where only the
+            selection map is missing, it is made and the segmentation stays.
         overwrite: replace what `output` already holds.
         num_processes_preprocessing: worker processes that read and resample images.
         num_processes_segmentation_export: worker processes that resample and write; 0 and 0: all in this process.
@@ -146,23 +146,25 @@ def predict(
     records = _records(chosen, predictor)
     checks = (output, cases, records, overwrite, continue_prediction, save_selection_maps)
     _check_output(*checks)
+    options = {
+        "save_probabilities": save_probabilities,
+        "num_processes_preprocessing": num_processes_preprocessing,
+        "num_processes_segmentation_export": num_processes_segmentation_export,
+    }
     # Calls with other parts of the cases may work beside this one.
     with hold_lock(output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", output):
         _check_output(*checks)  # again, because a call that held the lock may have written since
-        for case in cases:
-            remove_leftovers(case)
         todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
         logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
-        options = {
-            "save_probabilities": save_probabilities,
-            "num_processes_preprocessing": num_processes_preprocessing,
-            "num_processes_segmentation_export": num_processes_segmentation_export,
-        }
-        for name, record in {**records, "predict_from_raw_data_args.json": _arguments(todo, output, options)}.items():
-            write_json(record, output / name)
+        _write_records(records | {"predict_from_raw_data_args.json": _arguments(todo, output, options)}, output)
         _predict_all(predictor, todo, options)
     logger.info("Segmentations are in %s", output)
     return [case.output for case in cases]
+
+
+def _write_records(records: dict[str, dict[str, Any]], output: Path) -> None:
+    for name, record in records.items():
+        write_json(record, output / name)
 
 
 def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -180,6 +182,8 @@ def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> 
 
 def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], options: dict[str, Any]) -> None:
     """Segment the cases, one alone without worker processes, and raise at the end if some failed."""
+    for case in cases:
+        remove_leftovers(case)
     if len(cases) == 1:
         options = {**options, "num_processes_preprocessing": 0, "num_processes_segmentation_export": 0}
     failures = predictor.predict_files(cases, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 
@@ -102,7 +103,7 @@ def test_what_the_system_refuses_is_a_sentence_and_status_1(error, message, caps
     def fail():
         raise error
 
-    assert run_command(fail, use_folders=False) == 1
+    assert common.run_command(fail, use_folders=False) == 1
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
@@ -113,4 +114,4 @@ def test_other_system_errors_are_bugs():
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
     with pytest.raises(FileNotFoundError):
-        run_command(fail, use_folders=False)
+        common.run_command(fail, use_folders=False)

@@ -16,7 +16,10 @@ def test_a_lock_held_by_another_process_refuses_and_ends_with_it(tmp_path, held_
     file = lock_beside(folder, "planning")
     assert file.parent == tmp_path
     assert file.name.startswith(".")
-    with held_elsewhere(file), pytest.raises(FolderBusyError, match=r"Dataset501_Liver: another process .*; wait until"):
+    with (
+        held_elsewhere(file),
+        pytest.raises(FolderBusyError, match=r"Dataset501_Liver: another process .*; wait until"),
+    ):
         hold_lock(file, folder).__enter__()
     with hold_lock(file, folder):  # that process was killed and its lock file is still there
         assert file.exists()

@@ -43,7 +43,9 @@ def test_a_killed_worker_costs_its_own_case_one_repetition_and_the_others_none(t
 
 def test_a_case_that_kills_its_worker_twice_is_named_and_the_others_are_finished(tmp_path):
     results = run(tmp_path, "a b wrong c", deadly="a", deaths=9)
-    assert {case: result for case, result in results.items() if not isinstance(result, CaseFailure)} == dict(b="B", c="C")
+    assert {case: result for case, result in results.items() if not isinstance(result, CaseFailure)} == dict(
+        b="B", c="C"
+    )
     assert "killed twice, the second time with no other beside it" in results["a"].reason
     assert results["wrong"].reason == "ValueError: no such voxel"
     assert len((tmp_path / "a").read_text().splitlines()) == 2

@@ -127,9 +127,7 @@ def test_damaged_probabilities_are_not_skipped(trained, images, tmp_path, predic
 
 @pytest.mark.parametrize("size", [0, 100, 400])
 @pytest.mark.parametrize("precision", ["stock", "fp32"])
-def test_a_full_disk_leaves_no_half_segmentation(
-    precision, size, one_fold, images, tmp_path, full_disk, monkeypatch
-):
+def test_a_full_disk_leaves_no_half_segmentation(precision, size, one_fold, images, tmp_path, full_disk, monkeypatch):
     """ITK writes the beginning of a NIfTI file to a full disk and reports no error."""
 
     def on_full_disk(*arguments):
