@@ -44,6 +44,7 @@ from lgssl_nnunet.files import (
     link_file,
     read_json_if_valid,
     remove_leftovers,
+    warn_if_disk_is_full,
     write_atomically,
     write_json,
 )
@@ -426,6 +427,7 @@ def _convert_cases(
     if failed:
         for name in sorted(failed):
             logger.debug("Conversion of %s failed:\n%s", name, failed[name].details)
+        warn_if_disk_is_full(conversion.target)
         lines = [f"  {name}: {failed[name].reason}" for name in sorted(failed)]
         raise DatasetError(
             f"{len(failed)} of {len(todo)} cases were not converted (the others are done and kept; run the command "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,11 @@ from typing import Any
 
 from lgssl_nnunet.errors import DatasetError
 
+logger = logging.getLogger(__name__)
+
 _TEMPORARY = ".tmp"
+_NEARLY_FULL = 200e6
+"""Bytes; less than that is free when a case of usual size could not be written."""
 
 
 def read_json(path: Path) -> Any:
@@ -76,6 +81,13 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that a killed process left in a folder; nothing may be writing there."""
     for file in folder.glob(f".*{_TEMPORARY}*"):
         file.unlink(missing_ok=True)
+
+
+def warn_if_disk_is_full(folder: Path) -> None:
+    """Say so if a folder's disk is nearly full: libraries that cannot write often name another reason."""
+    free = shutil.disk_usage(folder).free
+    if free < _NEARLY_FULL:
+        logger.warning("%s: only %.0f MB are free on this disk, which may be the reason.", folder, free / 1e6)
 
 
 def file_record(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from lgssl_nnunet.files import (
     is_unchanged,
     move_into_place,
     read_json_if_valid,
+    warn_if_disk_is_full,
     write_json,
 )
 from lgssl_nnunet.parallel import CaseFailure, run_cases
@@ -146,8 +147,10 @@ def preprocess_configuration(
                 write_json(done, folders.manifest)
                 last_written = time.monotonic()
     finally:
-        write_json(dict(sorted(done.items())), folders.manifest)
-        shutil.rmtree(folders.unfinished, ignore_errors=True)
+        shutil.rmtree(folders.unfinished, ignore_errors=True)  # first, since on a full disk it makes room
+        _note_finished(done, folders.manifest, bool(failures))
+    if failures:
+        warn_if_disk_is_full(preprocessed)
     _raise_failures(failures, dataset.name)
     return len(todo)
 
@@ -166,19 +169,25 @@ def preprocess_case(
     preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
     images = [str(path) for path in case.images]
     unfinished = str(folders.unfinished / case.identifier)
-    # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
-    with environment({"BLOSC_NTHREADS": "1"}):
-        if case.label is not None:
-            preprocessor.run_case_save(
-                unfinished, images, str(case.label), plans_manager, configuration_manager, dataset_json
-            )
-        else:
-            data, mask, properties = preprocessor.run_case(
-                images, None, plans_manager, configuration_manager, dataset_json
-            )
-            _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
     targets = folders.files(case.identifier, case.label is not None)
-    move_into_place({folders.unfinished / target.name: target for target in targets})
+    temporary = {folders.unfinished / target.name: target for target in targets}
+    try:
+        # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
+        with environment({"BLOSC_NTHREADS": "1"}):
+            if case.label is not None:
+                preprocessor.run_case_save(
+                    unfinished, images, str(case.label), plans_manager, configuration_manager, dataset_json
+                )
+            else:
+                data, mask, properties = preprocessor.run_case(
+                    images, None, plans_manager, configuration_manager, dataset_json
+                )
+                _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
+        move_into_place(temporary)
+    finally:
+        for file in filter(Path.exists, temporary):
+            os.truncate(file, 0)  # a writer that failed may still hold the file, and with it room on a full disk
+            file.unlink()
     return {target.name: file_record(target) for target in targets}
 
 
@@ -305,6 +314,16 @@ def _prepare_folders(folders: CaseFolders, dataset: RawDataset) -> None:
         for file in folder.iterdir():
             if file.is_file() and file not in expected:
                 file.unlink()
+
+
+def _note_finished(done: Mapping[str, dict], manifest: Path, has_failures: bool) -> None:
+    """Write the manifest; where the disk has no room for it, the failed cases are still to be named."""
+    try:
+        write_json(dict(sorted(done.items())), manifest)
+    except OSError as error:
+        if not has_failures:
+            raise
+        logger.warning("%s cannot be written (%s): the finished cases will be made again.", manifest, error)
 
 
 def _raise_failures(failures: Mapping[str, CaseFailure], dataset_name: str) -> None:

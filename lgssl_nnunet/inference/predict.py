@@ -18,7 +18,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
-from lgssl_nnunet.files import read_json_if_valid, write_json
+from lgssl_nnunet.files import read_json_if_valid, warn_if_disk_is_full, write_json
 from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images, segmentation_problem
 from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.models import (
@@ -188,6 +188,7 @@ def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], options: dict
         options = {**options, "num_processes_preprocessing": 0, "num_processes_segmentation_export": 0}
     failures = predictor.predict_files(cases, **options)
     if failures:
+        warn_if_disk_is_full(cases[0].output.parent)
         listing = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         written = len(cases) - len(failures)
         raise PredictionError(f"{len(failures)} case(s) failed, {written} are written:\n{listing}")

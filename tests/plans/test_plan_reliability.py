@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_copied_dataset_and_a_manifest_of_the_first_version_are_still_good(
 
 
 @pytest.mark.parametrize("size", [0, 1000, 4000])
-def test_a_full_disk_leaves_no_half_case(size, raw_dataset, plan_tiny, preprocessed, full_disk, monkeypatch):
+def test_a_full_disk_leaves_no_half_case(size, raw_dataset, plan_tiny, preprocessed, full_disk, monkeypatch, caplog):
     raw_dataset(labeled=2, unlabeled=1, in_images_un=0)
 
     def on_full_disk(*arguments):
@@ -129,10 +130,34 @@ def test_a_full_disk_leaves_no_half_case(size, raw_dataset, plan_tiny, preproces
             return PREPROCESS(*arguments)
 
     monkeypatch.setattr(preprocessing, "preprocess_case", on_full_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(DatasetError, match="has 3 problems"):
         plan_tiny()
+    assert "only 0 MB are free on this disk" in caplog.text
     for folder in ("LGSSLCPUPlans_3d_fullres", "LGSSLCPUPlans_3d_fullres_unlabeled"):
         assert list((preprocessed / folder).iterdir()) == []
     monkeypatch.setattr(preprocessing, "preprocess_case", PREPROCESS)
     plan_tiny()
     assert cases_in(preprocessed) == ["lab_00", "lab_01"]
+
+
+def test_files_of_a_failed_case_make_room_before_the_manifest_is_written(
+    raw_dataset, plan_tiny, preprocessed, monkeypatch
+):
+    """On a full disk the manifest, and with it what is done, would be lost otherwise."""
+    raw_dataset(labeled=2, unlabeled=0, in_images_un=0)
+    unfinished = preprocessed / "LGSSLCPUPlans_3d_fullres.unfinished"
+    write_json, seen = preprocessing.write_json, []
+
+    def fail(targets):
+        assert all(file.stat().st_size for file in targets)
+        raise OSError("full")
+
+    monkeypatch.setattr(preprocessing, "move_into_place", fail)
+    monkeypatch.setattr(
+        preprocessing, "write_json", lambda *a: seen.append(list(unfinished.glob("*"))) or write_json(*a)
+    )
+    with pytest.raises(DatasetError, match="has 2 problems"):
+        plan_tiny()
+    assert seen == [[], []]
+    assert not unfinished.exists()
