@@ -7,7 +7,8 @@ import os
 import platform
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -144,22 +145,30 @@ def predict(
     )
     predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint)
     records = _records(chosen, predictor)
-    checks = (output, cases, records, overwrite, continue_prediction, save_selection_maps)
-    _check_output(*checks)
     options = {
         "save_probabilities": save_probabilities,
         "num_processes_preprocessing": num_processes_preprocessing,
         "num_processes_segmentation_export": num_processes_segmentation_export,
     }
-    # Calls with other parts of the cases may work beside this one.
-    with hold_lock(output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", output):
-        _check_output(*checks)  # again, because a call that held the lock may have written since
+    with _reserved(part_id, num_parts, output, cases, records, overwrite, continue_prediction, save_selection_maps):
         todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
         logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
         _write_records(records | {"predict_from_raw_data_args.json": _arguments(todo, output, options)}, output)
         _predict_all(predictor, todo, options)
     logger.info("Segmentations are in %s", output)
     return [case.output for case in cases]
+
+
+@contextmanager
+def _reserved(part_id: int, num_parts: int, output: Path, *checks: Any) -> Iterator[None]:
+    """Hold the lock of an output folder; calls with other parts of the cases may work beside this one.
+
+    The folder is checked before anything is written there, and again when no other call can write.
+    """
+    _check_output(output, *checks)
+    with hold_lock(output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", output):
+        _check_output(output, *checks)
+        yield
 
 
 def _write_records(records: dict[str, dict[str, Any]], output: Path) -> None:

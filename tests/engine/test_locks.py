@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 from filelock import FileLock
 
 from lgssl_nnunet import locks
+from lgssl_nnunet.cli.common import run_command
 from lgssl_nnunet.locks import FolderBusyError, hold_lock, lock_beside
 
 
@@ -42,3 +44,13 @@ def test_a_file_system_without_locks_is_told_and_worked_on(tmp_path, monkeypatch
         done.append(True)
     assert done
     assert "the file system has no locks" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_a_sentence(tmp_path, capsys):
+    tmp_path.chmod(0o555)
+    try:
+        assert run_command(lambda: hold_lock(tmp_path / ".x.lock", tmp_path).__enter__(), use_folders=False) == 1
+    finally:
+        tmp_path.chmod(0o755)
+    assert "Permission denied; give a folder that you may write to" in capsys.readouterr().err

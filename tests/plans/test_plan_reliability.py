@@ -121,7 +121,7 @@ def test_a_copied_dataset_and_a_manifest_of_the_first_version_are_still_good(
     assert redone == []
 
 
-@pytest.mark.parametrize("size", [0, 1000, 4000])
+@pytest.mark.parametrize("size", [0, 1000, 3000])
 def test_a_full_disk_leaves_no_half_case(size, raw_dataset, plan_tiny, preprocessed, full_disk, monkeypatch, caplog):
     raw_dataset(labeled=2, unlabeled=1, in_images_un=0)
 
