@@ -28,16 +28,27 @@ from lgssl_nnunet.dataset_conversion.dataset import (
 from lgssl_nnunet.dataset_conversion.geometry import Geometry, rounded, snap
 from lgssl_nnunet.dataset_conversion.twins import ImagePrint, Twins, find_twins, print_of, report
 from lgssl_nnunet.dataset_conversion.unlabeled import find_unlabeled_cases, prepare_image
-from lgssl_nnunet.dataset_conversion.volumes import as_uint8, count_not_finite, find_files, label_values
+from lgssl_nnunet.dataset_conversion.volumes import (
+    as_uint8,
+    count_not_finite,
+    find_files,
+    label_values,
+    require_whole_nifti,
+)
 from lgssl_nnunet.errors import DatasetError, LGSSLError, UsageError
 from lgssl_nnunet.files import (
     copy_file,
+    file_record,
     file_signature,
+    is_unchanged,
     link_file,
     read_json_if_valid,
+    remove_leftovers,
+    warn_if_disk_is_full,
     write_atomically,
     write_json,
 )
+from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.paths import data_folders, dataset_number, use_data_folders
 from lgssl_nnunet.problems import Problem, raise_if_any
@@ -109,6 +120,7 @@ def convert(
 
     Raises:
         UsageError: a folder does not exist, or the target holds something else.
+        FolderBusyError: another process is converting into the target.
         DatasetError: the download is not as expected; every problem is listed, and the cases without one are kept.
         LGSSLError: there is not enough space on the disk.
     """
@@ -121,6 +133,18 @@ def convert(
     conversion = Conversion(dataset, target, _file_ending(layout, link), link, options)
     _report(layout, conversion, download)
     _refuse_foreign_target(target, dataset, layout)
+    with hold_lock(lock_beside(target, "conversion"), target):
+        _convert_locked(layout, conversion, num_processes, progress)
+    logger.info("%s is ready: lgssl_plan_and_preprocess -d %d", target, dataset_number(target.name))
+    return target
+
+
+def _convert_locked(layout: Layout, conversion: Conversion, num_processes: int | None, progress: bool) -> None:
+    """Convert what is to be done, and write dataset.json when every case is."""
+    dataset, target = conversion.dataset, conversion.target
+    _refuse_foreign_target(target, dataset, layout)  # again: another process may have written since
+    for folder in (*IMAGE_FOLDERS.values(), *LABEL_FOLDERS.values(), RECORDS):
+        remove_leftovers(target / folder)
     todo = _unfinished(layout, conversion)
     _require_space(conversion, todo.values())
     write_json({"dataset": dataset.key, "layout": layout.name}, target / RECORDS / SOURCE)
@@ -130,8 +154,6 @@ def convert(
     for sentence in report(twins):
         logger.warning("%s", sentence)
     write_json(_dataset_json(layout, conversion, records, twins), target / "dataset.json")
-    logger.info("%s is ready: lgssl_plan_and_preprocess -d %d", target, dataset_number(target.name))
-    return target
 
 
 def choose_layout(dataset: ConvertibleDataset, download: Path) -> Layout:
@@ -175,7 +197,7 @@ def convert_case(case: SourceCase, prepare: Prepare, conversion: Conversion) -> 
         files.append(_write(conversion, stored, case.label, unchanged, conversion.label_file(case)))
     record = {
         "key": key,
-        "files": [file.relative_to(conversion.target).as_posix() for file in files],
+        "files": {file.relative_to(conversion.target).as_posix(): _file_record(file) for file in files},
         "labeled": label is not None,
         "changes": list(prepared.changes),
         "warnings": [*prepared.warnings, *missing],
@@ -226,11 +248,20 @@ def _write(conversion: Conversion, image: sitk.Image, source: Path, as_is: bool,
 
         def write(temporary: Path) -> None:
             named = temporary.with_name(temporary.name + conversion.file_ending)  # ITK goes by the file ending
-            sitk.WriteImage(image, str(named), True)
-            os.replace(named, temporary)
+            try:
+                sitk.WriteImage(image, str(named), True)
+                require_whole_nifti(named)  # on a full disk ITK writes the beginning of the file and reports no error
+                os.replace(named, temporary)
+            finally:
+                named.unlink(missing_ok=True)
 
         write_atomically(target, write)
     return target
+
+
+def _file_record(file: Path) -> dict[str, Any] | None:
+    """Return what tells whether a written file has changed; of a link the record's key tells that already."""
+    return None if file.is_symlink() else file_record(file)
 
 
 def _print(image: sitk.Image, label: sitk.Image | None) -> ImagePrint:
@@ -341,9 +372,15 @@ def _unfinished(layout: Layout, conversion: Conversion) -> dict[str, SourceCase]
     todo = {}
     for case in layout.all_cases:
         record = read_json_if_valid(conversion.record_file(case)) or {}
-        complete = all((conversion.target / name).exists() for name in record.get("files", []))
-        if not complete or record.get("key") != conversion.key(case):
+        if record.get("key") != conversion.key(case):
             todo[case.identifier] = case
+            continue
+        files = record.get("files", [])
+        files = files if isinstance(files, dict) else dict.fromkeys(files)  # records of 0.1.0 hold names only
+        changed = [name for name, written in files.items() if not is_unchanged(conversion.target / name, written)]
+        if changed:
+            todo[case.identifier] = case
+            logger.warning("%s: %s is missing or not as written; converted again.", case.identifier, changed[0])
     done = len(layout.all_cases) - len(todo)
     if done:
         logger.info("%d cases are converted already; %d are to be done.", done, len(todo))
@@ -390,6 +427,7 @@ def _convert_cases(
     if failed:
         for name in sorted(failed):
             logger.debug("Conversion of %s failed:\n%s", name, failed[name].details)
+        warn_if_disk_is_full(conversion.target)
         lines = [f"  {name}: {failed[name].reason}" for name in sorted(failed)]
         raise DatasetError(
             f"{len(failed)} of {len(todo)} cases were not converted (the others are done and kept; run the command "

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
 
 from lgssl_nnunet.errors import LGSSLError
+from lgssl_nnunet.workers import WorkerDiedError, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+DIED_ALONE = (
+    "its worker process was killed twice, the second time with no other beside it, most likely because memory ran out; "
+    "it needs a machine with more memory, or a smaller image"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,9 @@ def run_cases(
 ) -> Iterator[tuple[str, Any]]:
     """Call `function(*tasks[case])` for every case and yield the results as they are finished.
 
+    A case whose worker process dies (killed by the system, mostly for lack of memory) is named in the log and tried
+    once more at the end, alone, when no other takes memory.
+
     Args:
         function: a module-level function (worker processes import it).
         tasks: arguments by case identifier.
@@ -50,10 +60,10 @@ def run_cases(
         quiet: swallow what the function prints.
 
     Yields:
-        Case identifier and result; the result is a `CaseFailure` where the function raised.
+        Case identifier and result; the result is a `CaseFailure` where the function raised or its process died twice.
 
     Raises:
-        LGSSLError: a worker process died (killed by the system, mostly for lack of memory).
+        WorkerStartError: worker processes cannot be started.
     """
     bar = tqdm(total=len(tasks), desc=description, disable=not progress or not tasks, unit="case")
     source = _run_here if num_processes <= 0 or not tasks else _run_in_workers
@@ -73,23 +83,31 @@ def _run_here(
 def _run_in_workers(
     function: Callable[..., Any], tasks: Mapping[str, tuple], num_processes: int, quiet: bool
 ) -> Iterator[tuple[str, Any]]:
-    executor = ProcessPoolExecutor(min(num_processes, len(tasks)), mp_context=multiprocessing.get_context("spawn"))
-    unfinished = set(tasks)
+    pool = WorkerPool(min(num_processes, len(tasks)))
+    died = []
     try:
-        futures = {executor.submit(_guarded, function, arguments, quiet): case for case, arguments in tasks.items()}
+        futures = {pool.submit(_guarded, function, arguments, quiet): case for case, arguments in tasks.items()}
         for future in as_completed(list(futures)):
             case = futures.pop(future)
-            result = future.result()
-            unfinished.discard(case)
+            try:
+                result = future.result()
+            except WorkerDiedError as error:
+                logger.warning("%s: %s; it is tried once more, alone, after the others.", case, error)
+                died.append(case)
+                continue
             yield case, result
-    except BrokenProcessPool:
-        raise LGSSLError(
-            f"A worker process died with {len(unfinished)} cases unfinished (among them {min(unfinished)}), most "
-            "likely because memory ran out; use fewer processes (-np and -npfp, 0 for none), and in a script call "
-            "from under `if __name__ == '__main__':`."
-        ) from None
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+    for case in died:
+        yield case, _run_alone(function, tasks[case], quiet)
+
+
+def _run_alone(function: Callable[..., Any], arguments: tuple, quiet: bool) -> Any:
+    try:
+        with WorkerPool(1) as pool:
+            return pool.submit(_guarded, function, arguments, quiet).result()
+    except WorkerDiedError:
+        return CaseFailure(DIED_ALONE, "")
 
 
 def _guarded(function: Callable[..., Any], arguments: tuple, quiet: bool) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.files import copy_file, read_json_if_valid, write_json
+from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.paths import data_folders, use_data_folders
 from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset
 from lgssl_nnunet.plans.protocol import (
@@ -141,6 +142,7 @@ def plan_and_preprocess(
         SplitError: the requested labelled cases do not exist.
         PromptError: a class has no usable prompt or embedding.
         PlansError: no plans fit the request.
+        FolderBusyError: another process is planning the dataset.
     """
     use_data_folders()
     options = PlanningOptions(
@@ -204,6 +206,11 @@ def _held_out(complete: RawDataset, published: ProtocolCases | None) -> dict[str
 
 
 def _run(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLPlanningMixin]) -> Path:
+    with hold_lock(lock_beside(job.preprocessed, "planning"), job.preprocessed):
+        return _run_locked(job, options, planner_class)
+
+
+def _run_locked(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLPlanningMixin]) -> Path:
     twins = _check_integrity(job, options)
     plans = _plan(job, options, planner_class)
     plans["lgssl"]["twins"] = twins

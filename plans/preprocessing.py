@@ -28,8 +28,13 @@ from lgssl_nnunet.files import (
     content_hash,
     copy_file,
     environment,
+    file_record,
     file_signature,
+    has_size,
+    is_unchanged,
+    move_into_place,
     read_json_if_valid,
+    warn_if_disk_is_full,
     write_json,
 )
 from lgssl_nnunet.parallel import CaseFailure, run_cases
@@ -137,13 +142,15 @@ def preprocess_configuration(
             if isinstance(result, CaseFailure):
                 failures[name] = result
                 continue
-            done[name] = keys[name]
+            done[name] = keys[name] | {"files": result}
             if time.monotonic() - last_written > _SECONDS_BETWEEN_MANIFESTS:
                 write_json(done, folders.manifest)
                 last_written = time.monotonic()
     finally:
-        write_json(dict(sorted(done.items())), folders.manifest)
-        shutil.rmtree(folders.unfinished, ignore_errors=True)
+        shutil.rmtree(folders.unfinished, ignore_errors=True)  # first, since on a full disk it makes room
+        _note_finished(done, folders.manifest, bool(failures))
+    if failures:
+        warn_if_disk_is_full(preprocessed)
     _raise_failures(failures, dataset.name)
     return len(todo)
 
@@ -155,26 +162,33 @@ def preprocess_case(
     configuration: str,
     dataset_json: dict[str, Any],
     verbose: bool = False,
-) -> None:
-    """Preprocess one case into temporary files and move them to their place."""
+) -> dict[str, dict[str, Any]]:
+    """Preprocess one case into temporary files, move them to their place and return their records by name."""
     plans_manager = PlansManager(plans)
     configuration_manager = plans_manager.get_configuration(configuration)
     preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
     images = [str(path) for path in case.images]
     unfinished = str(folders.unfinished / case.identifier)
-    # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
-    with environment({"BLOSC_NTHREADS": "1"}):
-        if case.label is not None:
-            preprocessor.run_case_save(
-                unfinished, images, str(case.label), plans_manager, configuration_manager, dataset_json
-            )
-        else:
-            data, mask, properties = preprocessor.run_case(
-                images, None, plans_manager, configuration_manager, dataset_json
-            )
-            _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
-    for target in folders.files(case.identifier, case.label is not None):
-        os.replace(folders.unfinished / target.name, target)
+    targets = folders.files(case.identifier, case.label is not None)
+    temporary = {folders.unfinished / target.name: target for target in targets}
+    try:
+        # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
+        with environment({"BLOSC_NTHREADS": "1"}):
+            if case.label is not None:
+                preprocessor.run_case_save(
+                    unfinished, images, str(case.label), plans_manager, configuration_manager, dataset_json
+                )
+            else:
+                data, mask, properties = preprocessor.run_case(
+                    images, None, plans_manager, configuration_manager, dataset_json
+                )
+                _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
+        move_into_place(temporary)
+    finally:
+        for file in filter(Path.exists, temporary):
+            os.truncate(file, 0)  # a writer that failed may still hold the file, and with it room on a full disk
+            file.unlink()
+    return {target.name: file_record(target) for target in targets}
 
 
 def copy_labels(dataset: RawDataset, preprocessed: Path) -> None:
@@ -206,6 +220,11 @@ def _save_image(data: np.ndarray, mask: np.ndarray, properties: dict, unfinished
         blocks_seg=mask_blocks,
     )
     os.remove(f"{unfinished}_seg.b2nd")
+
+
+def sources_of(entry: Any) -> Any:
+    """Return what a case was made from, out of its entry in the manifest: all but the records of its files."""
+    return {key: value for key, value in entry.items() if key != "files"} if isinstance(entry, dict) else entry
 
 
 def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str) -> dict[str, dict[str, Any]]:
@@ -256,20 +275,30 @@ def unprepared_cases(
         for name, is_labeled in wanted.items()
         if (done.get(name) or {}).get("settings") != settings
         or done[name]["labeled"] != is_labeled
-        or not all(file.exists() for file in folders.files(name, is_labeled))
+        or not all(
+            has_size(file, done[name].get("files", {}).get(file.name)) for file in folders.files(name, is_labeled)
+        )
     )
 
 
 def _finished_cases(folders: CaseFolders, dataset: RawDataset, keys: Mapping[str, dict]) -> dict[str, dict]:
+    """Return the manifest's entries of the cases whose sources, settings and preprocessed files have not changed."""
     manifest = read_json_if_valid(folders.manifest)
     if not isinstance(manifest, dict):
         return {}
-    return {
-        name: keys[name]
-        for name, case in dataset.cases.items()
-        if manifest.get(name) == keys[name]
-        and all(file.exists() for file in folders.files(name, case.label is not None))
-    }
+    finished = {}
+    for name, case in dataset.cases.items():
+        entry = manifest.get(name)
+        if sources_of(entry) != keys[name]:
+            continue
+        records = entry.get("files", {})  # manifests of 0.1.0 have none
+        files = folders.files(name, case.label is not None)
+        changed = [file.name for file in files if not is_unchanged(file, records.get(file.name))]
+        if changed:
+            logger.warning("%s: %s is missing or not as written; preprocessed again.", name, changed[0])
+        else:
+            finished[name] = entry
+    return finished
 
 
 def _prepare_folders(folders: CaseFolders, dataset: RawDataset) -> None:
@@ -285,6 +314,16 @@ def _prepare_folders(folders: CaseFolders, dataset: RawDataset) -> None:
         for file in folder.iterdir():
             if file.is_file() and file not in expected:
                 file.unlink()
+
+
+def _note_finished(done: Mapping[str, dict], manifest: Path, has_failures: bool) -> None:
+    """Write the manifest; where the disk has no room for it, the failed cases are still to be named."""
+    try:
+        write_json(dict(sorted(done.items())), manifest)
+    except OSError as error:
+        if not has_failures:
+            raise
+        logger.warning("%s cannot be written (%s): the finished cases will be made again.", manifest, error)
 
 
 def _raise_failures(failures: Mapping[str, CaseFailure], dataset_name: str) -> None:

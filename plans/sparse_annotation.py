@@ -22,6 +22,7 @@ from lgssl_nnunet.data.sparse import annotation_file, stored_locations, stored_o
 from lgssl_nnunet.data.unlabeled import mark_outside
 from lgssl_nnunet.errors import MissingDependencyError, PlansError, UsageError
 from lgssl_nnunet.files import content_hash, copy_file, environment, read_json, read_json_if_valid, write_json
+from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.paths import use_data_folders
 from lgssl_nnunet.plans.orthogonal_slices import (
@@ -31,7 +32,7 @@ from lgssl_nnunet.plans.orthogonal_slices import (
     middle_slices,
     read_slices,
 )
-from lgssl_nnunet.plans.preprocessing import CaseFolders, unprepared_cases
+from lgssl_nnunet.plans.preprocessing import CaseFolders, sources_of, unprepared_cases
 from lgssl_nnunet.plans.propagation import REGISTRATIONS, one_thread
 from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
 from lgssl_nnunet.problems import Problem, raise_if_any
@@ -73,6 +74,7 @@ def sparse_annotation(
         PlansError: the plans cannot be annotated so: 2D, regions, an ignore label, or cases not preprocessed.
         DatasetError: a case failed, or the file of slices does not fit; everything wrong is listed.
         MissingDependencyError: the registration needs a package that is not installed.
+        FolderBusyError: another process is planning or annotating the dataset.
     """
     use_data_folders()
     folder = preprocessed_folder(dataset)
@@ -87,12 +89,14 @@ def sparse_annotation(
     chosen = middle_slices(*asked, transpose) if slices is None else annotated_slices(Path(slices), *asked, transpose)
     derived = _derive(base, configurations, registration, chosen)
     num_processes = min(8, os.cpu_count() or 1) if num_processes is None else num_processes
-    for configuration in configurations:
-        _annotate(folder, derived, configuration, dataset_json, num_processes, progress)
-    _warn_of_missing_classes(folder, derived, configurations[0], dataset_json)
     name = derived["plans_name"]
-    copy_file(folder / f"dataset_fingerprint_{base['plans_name']}.json", folder / f"dataset_fingerprint_{name}.json")
-    write_json(derived, folder / f"{name}.json")
+    old, new = (folder / f"dataset_fingerprint_{plans_name}.json" for plans_name in (base["plans_name"], name))
+    with hold_lock(lock_beside(folder, "planning"), folder):
+        for configuration in configurations:
+            _annotate(folder, derived, configuration, dataset_json, num_processes, progress)
+        _warn_of_missing_classes(folder, derived, configurations[0], dataset_json)
+        copy_file(old, new)
+        write_json(derived, folder / f"{name}.json")
     return folder / f"{name}.json"
 
 
@@ -248,7 +252,9 @@ def _origins(preprocessed: Path, plans: Mapping[str, Any], configuration: str) -
     manifest = read_json_if_valid(_folders(preprocessed, plans, configuration).manifest) or {}
     settings = plans["lgssl"]["sparse_annotation"]
     return {
-        case: content_hash([manifest.get(case), list(slices.items()), settings["registration"], settings["version"]])
+        case: content_hash(
+            [sources_of(manifest.get(case)), list(slices.items()), settings["registration"], settings["version"]]
+        )
         for case, slices in settings["slices"].items()
     }
 

@@ -10,8 +10,10 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -356,3 +358,53 @@ def same() -> Callable[[Any, Any], bool]:
         return bool(a == b or (a != a and b != b))
 
     return equal
+
+
+@pytest.fixture
+def held_elsewhere() -> Callable[[Path], AbstractContextManager[None]]:
+    """A context in which another process holds a lock file, as a second command would."""
+    script = "import sys, filelock; a = filelock.FileLock(sys.argv[1]); a.acquire(); print(flush=True); input()"
+
+    @contextmanager
+    def hold(file: Path) -> Iterator[None]:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", script, str(file)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            try:
+                yield
+            finally:
+                process.kill()
+
+    return hold
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which no file can grow beyond so many bytes, which programs meet like a full disk."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
+
+
+@pytest.fixture
+def files_below() -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """A function that returns size and modification time of every file below a folder, locks aside."""
+
+    def look(folder: Path) -> dict[str, tuple[int, int]]:
+        return {
+            str(file.relative_to(folder)): (file.stat().st_size, file.stat().st_mtime_ns)
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and file.suffix != ".lock"
+        }
+
+    return look

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,7 +47,8 @@ from lgssl_nnunet.engine.schedules import CosineSchedule, sigmoid_rampup
 from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
 from lgssl_nnunet.engine.teacher import EMATeacher
 from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, TrainingStopped, UsageError
-from lgssl_nnunet.files import write_atomically, write_json
+from lgssl_nnunet.files import remove_leftovers, write_atomically, write_json
+from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.losses.consistency import probabilities
 from lgssl_nnunet.networks.unet import planned_unet
 from lgssl_nnunet.plans.stored import planned_as, training_seed
@@ -484,9 +485,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
         Raises:
             TrainingStopped: a signal or a STOP file ended it; everything is saved.
+            FolderBusyError: another process trains this fold.
             TrainingError: steps are not finite, a data worker died, or a file could not be written.
         """
-        with self.stop:
+        with self.stop, self._only_writer():
             self.on_train_start()
             try:
                 while self.current_epoch < self.num_epochs:
@@ -497,6 +499,17 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                     "writable; the checkpoints in it are whole, and --c goes on from them."
                 ) from error
             self.on_train_end()
+
+    @contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        """Keep other processes out of the fold folder, and clear away what a killed one left there."""
+        if self.local_rank != 0:
+            yield
+            return
+        folder = Path(self.output_folder)
+        with hold_lock(lock_beside(folder, "training"), folder):
+            remove_leftovers(folder)
+            yield
 
     def _run_epoch(self) -> None:
         """Run an epoch, or what is left of one that was stopped."""

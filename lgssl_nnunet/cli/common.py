@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 INTERRUPTED = 130
+
+_SYSTEM_REFUSALS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the command again"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to, or its permissions"
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n) or use fewer processes"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "check the disk or the network drive and run the command again"),
+}
+"""What a user can do about an error of the operating system that has nothing to do with this program."""
 
 _FOLDER_FLAGS = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
 
@@ -167,7 +178,8 @@ def run_command(
 
     Returns:
         0 for success, the error's `exit_code` for an error that the user can act on (its message goes to stderr,
-        without a traceback unless `--debug`), 130 when interrupted. Other exceptions are bugs and pass through.
+        without a traceback unless `--debug`), 1 where the system refuses (a full disk, no permission), 130 when
+        interrupted. Other exceptions are bugs and pass through.
     """
     debug = bool(getattr(arguments, "debug", False))
     start_console_logging(debug)
@@ -180,16 +192,25 @@ def run_command(
         if use_folders:
             use_data_folders()
         return function() or 0
-    except LGSSLError as error:
+    except (LGSSLError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _SYSTEM_REFUSALS:
+            raise
         if debug:
             logging.getLogger(__name__).debug("The error was raised here:", exc_info=True)
-        print(f"{Path(sys.argv[0]).stem}: error: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"{Path(sys.argv[0]).stem}: error: {_sentence(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     finally:
         package.propagate = True
+
+
+def _sentence(error: LGSSLError | OSError) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    named = f"{error.filename}: " if error.filename else ""
+    return f"{named}{error.strerror}; {_SYSTEM_REFUSALS[error.errno]}."
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -18,6 +18,7 @@ from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrR
 from lgssl_nnunet.evaluation.metrics import POLICY, ClassMean, ClassResult, class_means, foreground_mean
 from lgssl_nnunet.files import write_atomically, write_json
 from lgssl_nnunet.installation import installed_version
+from lgssl_nnunet.locks import hold_lock
 
 _LIBRARIES = ("nnunetv2", "surface-distance", "MedPy", "connected-components-3d")
 
@@ -34,9 +35,11 @@ def write_results(cases: Sequence[CaseMeasurement], settings: CaseSettings, summ
     summary = _summary([case.summary for case in cases], list(settings.names))
     classes = class_means(results)
     means = foreground_mean(classes)
-    write_atomically(summary_file, lambda temporary: save_summary_json(summary, str(temporary)))
-    write_atomically(cases_file, lambda temporary: _write_table(results, temporary))
-    write_json(_class_summary(classes, means, settings, len(cases)), classes_file)
+    # Of two evaluations that end together the last one writes all three files.
+    with hold_lock(summary_file.with_name(f".{summary_file.name}.lock"), summary_file, wait=True):
+        write_atomically(summary_file, lambda temporary: save_summary_json(summary, str(temporary)))
+        write_atomically(cases_file, lambda temporary: _write_table(results, temporary))
+        write_json(_class_summary(classes, means, settings, len(cases)), classes_file)
     return {
         "summary": summary,
         "cases": results,

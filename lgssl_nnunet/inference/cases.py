@@ -12,7 +12,12 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from lgssl_nnunet.dataset_conversion.volumes import count_stored_not_finite, last_line, require_whole_nifti
+from lgssl_nnunet.dataset_conversion.volumes import (
+    count_stored_not_finite,
+    last_line,
+    require_whole,
+    require_whole_nifti,
+)
 from lgssl_nnunet.errors import DatasetError
 
 Inputs = str | Path | Sequence[Sequence[str | Path]]
@@ -97,6 +102,21 @@ def require_finite(file: Path) -> None:
     wrong = count_stored_not_finite(file)
     if wrong:
         raise DatasetError(f"{file}: {wrong} voxels are NaN or infinite; replace them, for example with background.")
+
+
+def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
+    """Return why a segmentation that is there cannot be kept: damaged, or of another size than its image; else None."""
+    try:
+        if file.name.endswith(_NIFTI_ENDINGS):
+            require_whole(file)
+        else:
+            rules.reader().read_seg(str(file))
+        size, wanted = (_channels_and_size(path, rules)[1] for path in (file, image))
+    except Exception as error:
+        return f"cannot be read ({last_line(error)})"
+    if size != wanted:
+        return f"has {'x'.join(map(str, size))} voxels and its image {'x'.join(map(str, wanted))}"
+    return None
 
 
 def _from_file(file: Path, rules: ImageRules) -> _Findings:

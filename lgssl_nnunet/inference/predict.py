@@ -6,7 +6,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -16,13 +18,14 @@ from typing import Any
 import torch
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
-from lgssl_nnunet.files import read_json_if_valid, write_json
-from lgssl_nnunet.inference.cases import Inputs, collect_images
+from lgssl_nnunet.files import read_json_if_valid, warn_if_disk_is_full, write_json
+from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images, segmentation_problem
 from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, ChosenModel, select_model
-from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, resolve_precision
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, remove_leftovers, resolve_precision
 from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
 from lgssl_nnunet.inference.stored_model import image_rules
+from lgssl_nnunet.locks import hold_lock
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +93,8 @@ def predict(
         save_selection_maps: also write `selection_maps/<case><ending>`, where the text-vision fusion of LGSSLTrainer
             lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
             `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
-        continue_prediction: skip cases that `output` already holds. Where only the selection map is missing, it is made
-            and the segmentation stays.
+        continue_prediction: skip cases that `output` already holds, whole and of their image's size. Where only the
+            selection map is missing, it is made and the segmentation stays.
         overwrite: replace what `output` already holds.
         num_processes_preprocessing: worker processes that read and resample images.
         num_processes_segmentation_export: worker processes that resample and write; 0 and 0: all in this process.
@@ -112,6 +115,7 @@ def predict(
             selection maps of a model without prompts or in a format without fractions.
         CheckpointError: no finished model, or a damaged one.
         DatasetError: images that do not fit the model; all problems together.
+        FolderBusyError: another call is predicting into `output`.
         PredictionError: cases that failed, after all others were written.
     """
     _check_arguments(step_size, num_parts, part_id, prev_stage_predictions, continue_prediction and overwrite)
@@ -120,7 +124,8 @@ def predict(
     chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     logger.info("Model: %s", chosen)
     output = Path(output).expanduser()
-    cases = _cases(input, output, chosen, save_selection_maps)[part_id::num_parts]
+    rules = image_rules(chosen.model.read_json("plans.json"), chosen.model.read_json("dataset.json"), chosen.folder)
+    cases = _cases(input, output, rules, save_selection_maps)[part_id::num_parts]
     predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
         precision=precision,
@@ -132,19 +137,35 @@ def predict(
     )
     predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint)
     records = _records(chosen, predictor)
-    _check_output(output, cases, records, overwrite, continue_prediction, save_selection_maps)
-    todo = _unfinished(cases, save_probabilities, save_selection_maps) if continue_prediction else cases
-    logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
     options = {
         "save_probabilities": save_probabilities,
         "num_processes_preprocessing": num_processes_preprocessing,
         "num_processes_segmentation_export": num_processes_segmentation_export,
     }
-    for name, record in {**records, "predict_from_raw_data_args.json": _arguments(todo, output, options)}.items():
-        write_json(record, output / name)
-    _predict_all(predictor, todo, options)
+    with _reserved(part_id, num_parts, output, cases, records, overwrite, continue_prediction, save_selection_maps):
+        todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
+        logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
+        _write_records(records | {"predict_from_raw_data_args.json": _arguments(todo, output, options)}, output)
+        _predict_all(predictor, todo, options)
     logger.info("Segmentations are in %s", output)
     return [case.output for case in cases]
+
+
+@contextmanager
+def _reserved(part_id: int, num_parts: int, output: Path, *checks: Any) -> Iterator[None]:
+    """Hold the lock of an output folder; calls with other parts of the cases may work beside this one.
+
+    The folder is checked before anything is written there, and again when no other call can write.
+    """
+    _check_output(output, *checks)
+    with hold_lock(output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", output):
+        _check_output(output, *checks)
+        yield
+
+
+def _write_records(records: dict[str, dict[str, Any]], output: Path) -> None:
+    for name, record in records.items():
+        write_json(record, output / name)
 
 
 def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -162,10 +183,13 @@ def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> 
 
 def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], options: dict[str, Any]) -> None:
     """Segment the cases, one alone without worker processes, and raise at the end if some failed."""
+    for case in cases:
+        remove_leftovers(case)
     if len(cases) == 1:
         options = {**options, "num_processes_preprocessing": 0, "num_processes_segmentation_export": 0}
     failures = predictor.predict_files(cases, **options)
     if failures:
+        warn_if_disk_is_full(cases[0].output.parent)
         listing = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         written = len(cases) - len(failures)
         raise PredictionError(f"{len(failures)} case(s) failed, {written} are written:\n{listing}")
@@ -184,9 +208,8 @@ def _check_arguments(
         raise UsageError("--continue_prediction keeps existing segmentations and --overwrite replaces them; give one.")
 
 
-def _cases(inputs: Inputs, output: Path, chosen: ChosenModel, save_selection_maps: bool) -> list[Case]:
+def _cases(inputs: Inputs, output: Path, rules: ImageRules, save_selection_maps: bool) -> list[Case]:
     """Return the cases of the input in alphabetical order, checked against the model and the output folder."""
-    rules = image_rules(chosen.model.read_json("plans.json"), chosen.model.read_json("dataset.json"), chosen.folder)
     ending = rules.file_ending
     if save_selection_maps:
         require_float_format(rules.reader, ending)
@@ -198,15 +221,32 @@ def _cases(inputs: Inputs, output: Path, chosen: ChosenModel, save_selection_map
     return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]
 
 
-def _unfinished(cases: Sequence[Case], save_probabilities: bool, save_selection_maps: bool) -> list[Case]:
+def _unfinished(
+    cases: Sequence[Case], rules: ImageRules, save_probabilities: bool, save_selection_maps: bool
+) -> list[Case]:
     """Return the cases that lack a wanted file, marked where only the selection map has to be made."""
-    marked = [replace(case, is_segmented=_is_segmented(case, save_probabilities)) for case in cases]
+    marked = [replace(case, is_segmented=_is_segmented(case, rules, save_probabilities)) for case in cases]
     return [case for case in marked if not case.is_segmented or (save_selection_maps and not _has_map(case))]
 
 
-def _is_segmented(case: Case, save_probabilities: bool) -> bool:
+def _is_segmented(case: Case, rules: ImageRules, save_probabilities: bool) -> bool:
+    """Whether the segmentation is there and can be kept; what is there and damaged is told."""
+    if not case.output.is_file():
+        return False
+    problem = segmentation_problem(case.output, case.files[0], rules)
+    if problem:
+        logger.warning("%s %s; it is predicted again.", case.output, problem)
+        return False
     probabilities = case.output.with_name(f"{case.name}.npz")
-    return case.output.is_file() and (probabilities.is_file() or not save_probabilities)
+    return not save_probabilities or (_is_whole_archive(probabilities) and probabilities.with_suffix(".pkl").is_file())
+
+
+def _is_whole_archive(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def _has_map(case: Case) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import logging
 import os
@@ -9,11 +10,9 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,21 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lgssl_nnunet.dataset_conversion.volumes import require_whole_nifti
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
-from lgssl_nnunet.errors import DatasetError, UsageError
+from lgssl_nnunet.errors import DatasetError, LGSSLError, UsageError
+from lgssl_nnunet.files import move_into_place
 from lgssl_nnunet.inference.cases import require_finite
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
 from lgssl_nnunet.inference.stored_model import read_stored_model
+from lgssl_nnunet.parallel import DIED_ALONE
+from lgssl_nnunet.workers import WorkerDiedError, WorkerPool
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "stock", "fp32", "bf16", "fp16")
+_PARTIAL = ".partial_"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 VIEWS_AT_ONCE = 2
@@ -57,6 +61,14 @@ class Case:
     files: tuple[Path, ...]
     output: Path
     is_segmented: bool = False
+
+
+@dataclass
+class _Outcome:
+    """What became of the cases that are not written: why they failed, and whose worker process died."""
+
+    failures: dict[str, str] = field(default_factory=dict)
+    died: list[Case] = field(default_factory=list)
 
 
 class LGSSLPredictor(nnUNetPredictor):
@@ -165,7 +177,8 @@ class LGSSLPredictor(nnUNetPredictor):
     ) -> dict[str, str]:
         """Segment cases and write the files; a case that fails does not stop the others.
 
-        Each file is written under another name first and then moved, so that a killed run leaves no half file.
+        Each file is written under another name first and then moved, so that a killed run leaves no half file. A case
+        whose worker process dies is tried once more after the others, alone.
 
         Args:
             cases: what to segment and where to write.
@@ -178,7 +191,7 @@ class LGSSLPredictor(nnUNetPredictor):
         Returns:
             The problem of each case that failed, by case name; empty when all are written.
         """
-        failures: dict[str, str] = {}
+        outcome = _Outcome()
         waiting: deque[tuple[Case, Future]] = deque()
         num_readers = max(0, min(num_processes_preprocessing, len(cases) - 1))
         writing = self._writers(num_processes_segmentation_export, save_probabilities)
@@ -186,15 +199,26 @@ class LGSSLPredictor(nnUNetPredictor):
             for case, future in self._preprocessed(cases, readers, num_readers):
                 # Finished logits are the largest arrays of all: at most one per writer may wait in memory.
                 while len(waiting) > num_processes_segmentation_export:
-                    _collect(*waiting.popleft(), failures)
+                    _collect(*waiting.popleft(), outcome)
                 logger.info("Predicting %s (%d of %d)", case.name, cases.index(case) + 1, len(cases))
-                job = _attempt(case, lambda case=case, ready=future: self._infer(case, *ready.result()), failures)
+                job = _attempt(case, lambda case=case, ready=future: self._infer(case, *ready.result()), outcome)
                 if job is not None:
-                    waiting.append((case, _submit(writers, _export, self, *job, case, save_probabilities)))
+                    waiting.append((case, writers.submit(_export, self, *job, case, save_probabilities)))
             for item in waiting:
-                _collect(*item, failures)
+                _collect(*item, outcome)
+        again = _Outcome(outcome.failures)
+        for case in outcome.died:
+            self._predict_alone(case, save_probabilities, again)
         compute_gaussian.cache_clear()
-        return failures
+        return again.failures | dict.fromkeys((case.name for case in again.died), DIED_ALONE)
+
+    def _predict_alone(self, case: Case, save_probabilities: bool, outcome: _Outcome) -> None:
+        """Segment a case when no other takes memory, in a process of its own so that its death is not this one's."""
+        with processes(1) as worker:
+            ready = worker.submit(_preprocess, self, case)
+            job = _attempt(case, lambda: self._infer(case, *ready.result()), outcome)
+            if job is not None:
+                _collect(case, worker.submit(_export, self, *job, case, save_probabilities), outcome)
 
     def _writers(self, workers: int, save_probabilities: bool) -> Executor:
         # A process would get a copy of the logits, the largest array of all.
@@ -213,11 +237,11 @@ class LGSSLPredictor(nnUNetPredictor):
         The first case is preprocessed in this process, while the workers start.
         """
         later = iter(cases[1:])
-        waiting = deque((case, _submit(readers, _preprocess, self, case)) for case in itertools.islice(later, ahead))
+        waiting = deque((case, readers.submit(_preprocess, self, case)) for case in itertools.islice(later, ahead))
         for case in cases[:1]:
-            yield case, _submit(_InProcess(), _preprocess, self, case)
+            yield case, _InProcess().submit(_preprocess, self, case)
         for case in later:
-            waiting.append((case, _submit(readers, _preprocess, self, case)))
+            waiting.append((case, readers.submit(_preprocess, self, case)))
             yield waiting.popleft()
         yield from waiting
 
@@ -354,17 +378,25 @@ def _export(
     """Write the files of a case and move all of them into place; runs in a worker process or in this one."""
     output = case.output.parent
     output.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=output))
+    partial = Path(tempfile.mkdtemp(prefix=f"{_PARTIAL}{case.name}_", dir=output))
     try:
         predictor._write(partial, case, results, properties, save_probabilities)
         # The segmentation moves last: where it exists, --continue_prediction skips the case.
         written = sorted(filter(Path.is_file, partial.rglob("*")), key=lambda file: file == partial / case.output.name)
-        for file in written:
-            target = output / file.relative_to(partial)
+        targets = {file: output / file.relative_to(partial) for file in written}
+        for file, target in targets.items():
+            require_whole_nifti(file)  # on a full disk ITK writes the beginning of a NIfTI file and reports no error
             target.parent.mkdir(exist_ok=True)
-            os.replace(file, target)
+        move_into_place(targets)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_leftovers(case: Case) -> None:
+    """Remove what a killed process left of a case; nothing may be working on it."""
+    random = "?" * 8  # as many letters as mkdtemp adds: `a_*` would fit the folders of a case a_b as well
+    for folder in case.output.parent.glob(f"{_PARTIAL}{glob.escape(case.name)}_{random}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _InProcess(Executor):
@@ -381,32 +413,23 @@ class _InProcess(Executor):
 
 def processes(workers: int) -> Executor:
     """Return an executor with so many processes; with 0, one that works in this process."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 0 else _InProcess()
+    return WorkerPool(workers) if workers > 0 else _InProcess()
 
 
-def _submit(executor: Executor, function: Callable, *arguments: Any) -> Future:
-    """Return the future of a call; once a worker process has died, of a call that failed for that reason."""
-    try:
-        return executor.submit(function, *arguments)
-    except BrokenProcessPool as error:
-        future: Future = Future()
-        future.set_exception(error)
-        return future
+def _collect(case: Case, future: Future, outcome: _Outcome) -> None:
+    _attempt(case, future.result, outcome)
 
 
-def _collect(case: Case, future: Future, failures: dict[str, str]) -> None:
-    _attempt(case, future.result, failures)
-
-
-def _attempt(case: Case, work: Callable[[], Any], failures: dict[str, str]) -> Any:
-    """Return what `work` returns; a failure is noted under the case's name and None returned."""
+def _attempt(case: Case, work: Callable[[], Any], outcome: _Outcome) -> Any:
+    """Return what `work` returns; a failure or the death of a worker process is noted and None returned."""
     try:
         return work()
+    except WorkerDiedError as error:
+        outcome.died.append(case)
+        logger.warning("Case %s: %s.", case.name, error)
     except Exception as error:
-        reason = str(error) if isinstance(error, DatasetError) else f"{type(error).__name__}: {error}".rstrip(": ")
-        if isinstance(error, BrokenProcessPool):
-            reason = "a worker process died, most likely for want of memory; use fewer with -npp and -nps, or 0"
-        failures[case.name] = reason
+        reason = str(error) if isinstance(error, LGSSLError) else f"{type(error).__name__}: {error}".rstrip(": ")
+        outcome.failures[case.name] = reason
         logger.error("Case %s failed: %s", case.name, reason)
         logger.debug("Case %s failed here:", case.name, exc_info=True)
-        return None
+    return None

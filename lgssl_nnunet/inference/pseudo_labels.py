@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, mark_outside
 from lgssl_nnunet.errors import CheckpointError
-from lgssl_nnunet.files import content_hash, read_json_if_valid, write_atomically, write_json
+from lgssl_nnunet.files import content_hash, read_json_if_valid, sha256, write_atomically, write_json
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, TrainedModel, find_models, read_model_json
 from lgssl_nnunet.inference.predictor import LGSSLPredictor
 from lgssl_nnunet.plans.stored import planned_as, training_iterations, training_seed
@@ -100,12 +99,7 @@ def settle_source(folder: Path, models: Sequence[TrainedModel], fold: int | str)
 
 
 def _signature(model: TrainedModel, fold: int | str) -> dict[str, str]:
-    file = model.checkpoint_file(str(fold))
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return {"checkpoint": FINAL_CHECKPOINT, "sha256": digest.hexdigest()}
+    return {"checkpoint": FINAL_CHECKPOINT, "sha256": sha256(model.checkpoint_file(str(fold)))}
 
 
 def write_pseudo_labels(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 
@@ -88,3 +89,29 @@ def test_the_device_is_chosen_and_said(caplog):
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(UsageError, match=f"-device {name}"):
         common.choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; make room"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), "error: /data/x: Permission denied; give"),
+        (OSError(errno.EROFS, "Read-only file system", "/cd/x"), "error: /cd/x: Read-only file system; give a folder"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence_and_status_1(error, message, capsys):
+    def fail():
+        raise error
+
+    assert common.run_command(fail, use_folders=False) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_other_system_errors_are_bugs():
+    def fail():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    with pytest.raises(FileNotFoundError):
+        common.run_command(fail, use_folders=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -9,7 +10,19 @@ import pytest
 import torch
 
 from lgssl_nnunet import files
-from lgssl_nnunet.files import content_hash, copy_file, environment, file_signature, write_atomically, write_json
+from lgssl_nnunet.files import (
+    content_hash,
+    copy_file,
+    environment,
+    file_record,
+    file_signature,
+    has_size,
+    is_unchanged,
+    link_file,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+)
 
 
 class Unsavable:
@@ -92,3 +105,69 @@ def test_a_copy_of_a_read_only_file_can_be_replaced(tmp_path):
 
 def test_a_hash_does_not_depend_on_the_order_of_keys():
     assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1}) != content_hash({"a": 1, "b": [3]})
+
+
+def test_the_content_is_on_the_disk_before_the_name_points_to_it(tmp_path, monkeypatch):
+    order = []
+    real_replace = os.replace
+    monkeypatch.setattr(files, "_sync", lambda file: order.append(("sync", file.suffix)))
+    monkeypatch.setattr(files, "_sync_folder", lambda folder: order.append(("sync", folder.name)))
+    monkeypatch.setattr(files.os, "replace", lambda a, b: order.append(("name", b.name)) or real_replace(a, b))
+    write_json({}, tmp_path / "plans.json")
+    assert order == [("sync", ".tmp"), ("name", "plans.json"), ("sync", tmp_path.name)]
+
+
+def test_an_error_that_only_syncing_reports_leaves_the_old_file(tmp_path, monkeypatch):
+    write_json({"old": True}, tmp_path / "plans.json")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json({"old": False}, tmp_path / "plans.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["plans.json"]
+    assert json.loads((tmp_path / "plans.json").read_text()) == {"old": True}
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, full_disk):
+    write_json({"old": True}, tmp_path / "plans.json")
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        write_json({"old": False, "many": list(range(10_000))}, tmp_path / "plans.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["plans.json"]
+    assert json.loads((tmp_path / "plans.json").read_text()) == {"old": True}
+
+
+def test_a_changed_file_is_told_from_a_copy_and_from_the_same(tmp_path):
+    file = tmp_path / "case.b2nd"
+    file.write_bytes(b"0123456789")
+    record = json.loads(json.dumps(file_record(file)))
+    assert is_unchanged(file, record)
+    os.utime(file, ns=(1, 1))  # as after copying the folder
+    assert is_unchanged(file, record)
+    file.write_bytes(b"0123456x89")
+    os.utime(file, ns=(1, 1))
+    assert not is_unchanged(file, record)
+    assert has_size(file, record)
+    file.write_bytes(b"0123")
+    assert not is_unchanged(file, record)
+    assert not has_size(file, record)
+    assert is_unchanged(file, None)
+    file.unlink()
+    assert not is_unchanged(file, None)
+    assert not has_size(file, None)
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    kept = ["case_0000.nii.gz", ".hidden", "notes.tmp"]
+    for name in [*kept, ".case_0000.nii.gz.123.tmp", ".case_0000.nii.gz.123.tmp.nii.gz"]:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(kept)
+    remove_leftovers(tmp_path / "not there")
+
+
+def test_links_are_made_in_one_step(tmp_path):
+    (tmp_path / "source").write_text("a")
+    link_file(tmp_path / "source", tmp_path / "link")
+    assert (tmp_path / "link").read_text() == "a"

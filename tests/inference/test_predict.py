@@ -44,7 +44,8 @@ def test_the_output_folder_says_what_made_it(trained, images, tmp_path, predict_
     with caplog.at_level("INFO"):
         predict_here(images, tmp_path / "out", disable_tta=True, precision="fp32")
     assert "Model: Dataset501_Tiny nnUNetTrainer LGSSLCPUPlans 3d_fullres, fold 0" in caplog.text
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"a.nii.gz", "b.nii.gz", RECORD, *NNUNET_FILES}
+    shown = {file.name for file in (tmp_path / "out").iterdir() if not file.name.startswith(".")}
+    assert shown == {"a.nii.gz", "b.nii.gz", RECORD, *NNUNET_FILES}
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["model"]["trainer"] == "nnUNetTrainer"
     assert record["model"]["folds"] == ["0"]
@@ -88,15 +89,17 @@ def test_parts_share_the_cases_between_them(trained, images, image_maker, tmp_pa
 def test_existing_predictions_are_kept_unless_asked_otherwise(trained, images, tmp_path, predict_here):
     out = tmp_path / "out"
     predict_here(images, out, disable_tta=True)
-    (out / "a.nii.gz").write_bytes(b"corrected by hand")
+    corrected = sitk.ReadImage(str(out / "a.nii.gz")) * 0
+    sitk.WriteImage(corrected, str(out / "a.nii.gz"))
+    by_hand = (out / "a.nii.gz").read_bytes()
     (out / "b.nii.gz").unlink()
     with pytest.raises(UsageError, match=r"already holds a.nii.gz: add --continue_prediction .*--overwrite"):
         predict_here(images, out, disable_tta=True)
     predict_here(images, out, disable_tta=True, continue_prediction=True)
-    assert (out / "a.nii.gz").read_bytes() == b"corrected by hand"
+    assert (out / "a.nii.gz").read_bytes() == by_hand
     assert (out / "b.nii.gz").is_file()
     predict_here(images, out, disable_tta=True, overwrite=True)
-    assert (out / "a.nii.gz").read_bytes() != b"corrected by hand"
+    assert (out / "a.nii.gz").read_bytes() != by_hand
     with pytest.raises(UsageError, match="give one"):
         predict_here(images, out, continue_prediction=True, overwrite=True)
 

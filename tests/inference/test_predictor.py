@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from concurrent.futures.process import BrokenProcessPool
 
 import nibabel
 import numpy as np
@@ -202,19 +201,6 @@ def test_an_export_that_fails_leaves_no_partial_file(one_fold, images, tmp_path,
     failures = load(folder).predict_files(cases_in(images, tmp_path / "out"))
     assert failures == {"a": "MemoryError: no room", "b": "MemoryError: no room"}
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["seen"]
-
-
-def test_cases_that_a_dead_worker_left_undone_are_named_with_the_remedy(one_fold, images, tmp_path, monkeypatch):
-    class Dead(module._InProcess):
-        def submit(self, *arguments):
-            raise BrokenProcessPool
-
-    monkeypatch.setattr(module, "processes", lambda workers: Dead())
-    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
-    failures = load(folder).predict_files(cases_in(images, tmp_path / "out"))
-    assert list(failures) == ["a", "b"]
-    assert "a worker process died" in failures["a"]
-    assert "-npp and -nps" in failures["a"]
 
 
 def test_a_worker_gets_the_predictor_without_its_weights(one_fold):

@@ -179,7 +179,8 @@ def test_other_slices_of_the_label_change_nothing(dataset, annotate):
         other = sitk.GetImageFromArray(poisoned)
         other.CopyInformation(image)
         sitk.WriteImage(other, str(file))
-        (dataset.preprocessed / FOLDER / f"{case}_seg.b2nd").write_bytes(b"no label")
+        stored = dataset.preprocessed / FOLDER / f"{case}_seg.b2nd"
+        stored.write_bytes(b"no label".ljust(stored.stat().st_size))
     for file in (dataset.preprocessed / f"{FOLDER}_orthogonal").iterdir():
         file.unlink()
     annotate()

@@ -201,3 +201,23 @@ def test_a_deterministic_run_computes_so_and_ends_the_same(train_tiny, monkeypat
     assert seen == [True] * 4
     assert same(*weights)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_fold_is_trained_by_one_process_at_a_time(train_tiny, ask):
+    def start_another(trainer: SemiSupervisedTrainer) -> None:
+        run = process("--epochs", "3", "--iterations_per_epoch", "3")
+        said = run.communicate(timeout=120)[1]
+        assert run.returncode == 1
+        assert "fold_all: another process is writing there" in said
+
+    with ask("train_step", 1, start_another):
+        final(train_tiny(**RUN))
+
+
+def test_what_a_killed_process_left_is_cleared_away(train_tiny, ask):
+    with ask("train_step", 1, touch_stop), pytest.raises(TrainingStopped):
+        train_tiny(**RUN)
+    fold = next(Path(os.environ["nnUNet_results"]).rglob("fold_all"))
+    (fold / ".checkpoint_latest.pth.123.tmp").write_bytes(b"half")
+    train_tiny(continue_training=True, **RUN)
+    assert not [file.name for file in fold.iterdir() if file.name.startswith(".")]

@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.evaluation.benchmark.cells import Cell
 from lgssl_nnunet.evaluation.benchmark.provenance import training_seconds
 from lgssl_nnunet.files import read_json
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
+from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.paths import data_folders
 
 logger = logging.getLogger(__name__)
@@ -108,9 +107,9 @@ def plan(cell: Cell, execution: Execution) -> dict[str, Any]:
     from lgssl_nnunet.plans.plan import plan_and_preprocess
 
     preprocessed = data_folders()["nnUNet_preprocessed"].path
-    preprocessed.mkdir(parents=True, exist_ok=True)
-    # Two processes that preprocess the same dataset write the same files.
-    with FileLock(preprocessed / f".{cell.dataset}.planning.lock"):
+    # Planning refuses a dataset that another process is planning; here it is waited for.
+    folder = preprocessed / cell.dataset
+    with hold_lock(lock_beside(folder, "planning"), folder, wait=True):
         (file,) = plan_and_preprocess(
             [cell.dataset],
             planner=cell.planner,
@@ -167,7 +166,7 @@ def train_or_adopt(cell: Cell, plans: Mapping[str, Any], execution: Execution) -
     folder = trained_model_folder(cell.dataset, cell.configuration, cell.trainer, **options)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Another benchmark may be training the same model: wait for it, then take over what it made.
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with hold_lock(folder.with_name(f".{folder.name}.lock"), folder, wait=True):
         if (folder / f"fold_{FOLD}" / FINAL_CHECKPOINT).is_file():
             logger.info("%s is trained already.", folder.name)
             return folder, True

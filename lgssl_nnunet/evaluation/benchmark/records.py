@@ -10,7 +10,6 @@ A cell is finished when its record says so and every file that the record names 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from filelock import FileLock
 
 from lgssl_nnunet.evaluation.benchmark.cells import Cell, cell_from_identity
-from lgssl_nnunet.files import read_json_if_valid, write_json
+from lgssl_nnunet.files import read_json_if_valid, sha256, write_json
 
 SCHEMA_VERSION = 1
 RUNNING, FINISHED, FAILED = "running", "finished", "failed"
@@ -79,7 +78,7 @@ class CellStore:
     def checksums(self) -> dict[str, str]:
         """Return the SHA-256 of each file among the predictions, by name."""
         files = sorted(file for file in self.prediction.iterdir() if file.is_file())
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        return {file.name: sha256(file) for file in files}
 
     def is_intact(self, record: Mapping[str, Any] | None) -> bool:
         """Whether the record says finished and every file that it names is there, unchanged."""

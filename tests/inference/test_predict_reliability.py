@@ -1,0 +1,142 @@
+"""Prediction when something goes wrong: a worker killed, a full disk, a second call, files that were left damaged."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from lgssl_nnunet.inference import predictor as module
+from lgssl_nnunet.inference.predict import PredictionError, predict
+from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor
+from lgssl_nnunet.locks import FolderBusyError
+
+MODEL = Path("Dataset501_Tiny") / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+DEATHS = "LGSSL_TEST_DEATHS"
+PREPROCESS, EXPORT = module._preprocess, module._export
+
+
+def die(case: Case) -> None:
+    """Kill this process if it works on case b, as often as the variable says."""
+    if case.name != "b":
+        return
+    notes = case.output.parent.with_name("deaths")
+    deaths = len(notes.read_text()) if notes.exists() else 0
+    if deaths < int(os.environ[DEATHS]):
+        notes.write_text("x" * (deaths + 1))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def deadly_preprocess(predictor, case):
+    die(case)
+    return PREPROCESS(predictor, case)
+
+
+def deadly_export(predictor, results, properties, case, save_probabilities):
+    (case.output.parent / ".partial_b_abcd1234").mkdir(parents=True, exist_ok=True)  # as if killed while writing
+    die(case)
+    EXPORT(predictor, results, properties, case, save_probabilities)
+
+
+def shown(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def predict_with_workers(images: Path, output: Path, **options) -> list[Path]:
+    quick = {"device": "cpu", "disable_tta": True, "precision": "stock", "progress": False}
+    workers = {"num_processes_preprocessing": 1, "num_processes_segmentation_export": 1}
+    return predict(images, output, **{**quick, **workers, **options})
+
+
+@pytest.mark.slow
+def test_a_reader_killed_once_costs_nothing(trained, images, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "_preprocess", deadly_preprocess)
+    monkeypatch.setenv(DEATHS, "1")
+    predict_with_workers(images, tmp_path / "out", num_processes_segmentation_export=0)
+    assert [name for name in shown(tmp_path / "out") if name.endswith(".nii.gz")] == ["a.nii.gz", "b.nii.gz"]
+    assert "Case b: its worker process was killed" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_writer_killed_twice_is_named_and_the_others_are_written(
+    trained, images, tmp_path, monkeypatch, predict_here
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(module, "_export", deadly_export)
+    monkeypatch.setenv(DEATHS, "9")
+    with pytest.raises(PredictionError, match=r"1 case\(s\) failed, 1 are written:\n  b: .*killed twice"):
+        predict_with_workers(images, out, num_processes_preprocessing=0)
+    assert [name for name in shown(out) if name.endswith(".nii.gz")] == ["a.nii.gz"]
+    assert (tmp_path / "deaths").read_text() == "xx"
+    monkeypatch.setattr(module, "_export", EXPORT)
+    predict_here(images, out, disable_tta=True, precision="stock", continue_prediction=True)
+    assert (out / "b.nii.gz").is_file()
+    assert not list(out.glob(".partial_*"))
+
+
+def test_a_second_call_is_refused_in_a_sentence_and_changes_nothing(
+    trained, images, tmp_path, predict_here, held_elsewhere, files_below
+):
+    out = tmp_path / "out"
+    predict_here(images / "a_0000.nii.gz", out)
+    before = files_below(out)
+    with held_elsewhere(out / ".lgssl_predict_0_of_1.lock"):
+        with pytest.raises(FolderBusyError, match=r"out: another process is writing there; wait"):
+            predict_here(images, out, continue_prediction=True)
+        assert files_below(out) == before
+        predict_here(images, out, continue_prediction=True, num_parts=2, part_id=1)  # another part may work beside it
+    assert "b.nii.gz" in shown(out)
+    predict_here(images, out, continue_prediction=True)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def shrink(file: Path) -> None:
+    sitk.WriteImage(sitk.ReadImage(str(file))[1:], str(file))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(cut_off, "cannot be read"), (shrink, "has 19x16x14 voxels and its image 20x16x14")]
+)
+def test_a_damaged_segmentation_is_not_skipped(damage, message, trained, images, tmp_path, predict_here, caplog):
+    out = tmp_path / "out"
+    predict_here(images, out)
+    whole = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
+    damage(out / "a.nii.gz")
+    kept = (out / "b.nii.gz").stat().st_mtime_ns
+    predict_here(images, out, continue_prediction=True)
+    assert f"a.nii.gz {message}" in caplog.text
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz"))), whole)
+    assert (out / "b.nii.gz").stat().st_mtime_ns == kept
+
+
+def test_damaged_probabilities_are_not_skipped(trained, images, tmp_path, predict_here):
+    out = tmp_path / "out"
+    predict_here(images, out, save_probabilities=True)
+    cut_off(out / "a.npz")
+    predict_here(images, out, save_probabilities=True, continue_prediction=True)
+    assert np.load(out / "a.npz")["probabilities"].shape[1:] == (14, 16, 20)
+
+
+@pytest.mark.parametrize("size", [0, 100, 400])
+@pytest.mark.parametrize("precision", ["stock", "fp32"])
+def test_a_full_disk_leaves_no_half_segmentation(precision, size, one_fold, images, tmp_path, full_disk, monkeypatch):
+    """ITK writes the beginning of a NIfTI file to a full disk and reports no error."""
+
+    def on_full_disk(*arguments):
+        with full_disk(size):
+            EXPORT(*arguments)
+
+    monkeypatch.setattr(module, "_export", on_full_disk)
+    predictor = LGSSLPredictor(torch.device("cpu"), precision=precision, use_mirroring=False, progress=False)
+    predictor.load_model(one_fold / MODEL, [0])
+    case = Case("a", (images / "a_0000.nii.gz",), tmp_path / "out" / "a.nii.gz")
+    assert list(predictor.predict_files([case])) == ["a"]
+    assert list((tmp_path / "out").iterdir()) == []
