@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nnunetv2.preprocessing.normalization import default_normalization_schemes as schemes
+from threadpoolctl import threadpool_limits
 
 from lgssl_nnunet.data.cropping import nonzero_box, outside
 from lgssl_nnunet.data.resampling import nearest_axis, new_shape, resample_image, resample_labels
@@ -182,8 +183,9 @@ def _resampled(image: np.ndarray, shape: tuple[int, ...], nearest: int | None) -
     if image.shape[1:] == shape:
         return image
     resampled = np.empty((len(image), *shape), dtype=np.float32)
-    for channel, values in enumerate(image):
-        resample_image(values, shape, nearest, out=resampled[channel])
+    with threadpool_limits(1, user_api="blas"):  # the products are small, and other cases have the other cores
+        for channel, values in enumerate(image):
+            resample_image(values, shape, nearest, out=resampled[channel])
     return resampled
 
 
