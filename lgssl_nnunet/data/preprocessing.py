@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from nnunetv2.preprocessing.normalization import default_normalization_schemes as schemes
+from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
+    CTNormalization,
+    NoNormalization,
+    RescaleTo01Normalization,
+    RGBTo01Normalization,
+    ZScoreNormalization,
+)
 from threadpoolctl import threadpool_limits
 
 from lgssl_nnunet.data.cropping import nonzero_box, outside
@@ -34,11 +40,14 @@ _RESAMPLING = "resample_data_or_seg_to_shape"
 _IMAGE_ORDERS = {"is_seg": False, "order": 3, "order_z": 0}
 _LABEL_ORDERS = {"is_seg": True, "order": 1, "order_z": 0}
 _SCHEMES = {
-    "CTNormalization",
-    "ZScoreNormalization",
-    "NoNormalization",
-    "RescaleTo01Normalization",
-    "RGBTo01Normalization",
+    scheme.__name__: scheme
+    for scheme in (
+        CTNormalization,
+        ZScoreNormalization,
+        NoNormalization,
+        RescaleTo01Normalization,
+        RGBTo01Normalization,
+    )
 }
 _LOCATIONS_SEED = 1234
 _MIN_LOCATIONS = 10_000
@@ -96,7 +105,7 @@ def recipe_of(
         and {planned["resampling_fn_data"], planned["resampling_fn_seg"]} == {_RESAMPLING}
         and _is_usual(image_options, _IMAGE_ORDERS)
         and _is_usual(label_options, _LABEL_ORDERS)
-        and _SCHEMES.issuperset(planned["normalization_schemes"])
+        and _SCHEMES.keys() >= set(planned["normalization_schemes"])
     )
     if not usual:
         return None
@@ -175,7 +184,7 @@ def _normalise(image: np.ndarray, body: np.ndarray | None, recipe: Recipe) -> No
     """Normalise an image (C, X, Y, Z) in place; `body` is where, for channels that are masked."""
     mask = None if body is None else body.view(np.int8) - np.int8(1)  # nnU-Net's classes take 0 inside, -1 outside
     for channel, (scheme, masked) in enumerate(zip(recipe.schemes, recipe.masked, strict=True)):
-        normaliser = getattr(schemes, scheme)(masked, recipe.intensities[str(channel)])
+        normaliser = _SCHEMES[scheme](masked, recipe.intensities[str(channel)])
         image[channel] = normaliser.run(image[channel], mask)
 
 
