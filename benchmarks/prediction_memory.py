@@ -57,12 +57,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        fold = untrained_model(Path(scratch), args.classes)
+        model = untrained_model(Path(scratch), args.classes)
         images = Path(scratch, "images")
         write_volume(ct(args.shape, args.classes, seed=0)[0], images / "case_0000.nii.gz")
         script = Path(__file__).with_name("prediction.py")
         options = ["--only", "auto", "--rounds", str(args.rounds), "--options", "--disable_tta"]
-        subprocess.run([sys.executable, str(script), str(fold.parent), str(images), *options], check=True)
+        subprocess.run([sys.executable, str(script), str(model), str(images), *options], check=True)
 
 
 if __name__ == "__main__":
