@@ -124,7 +124,7 @@ def preprocess_configuration(
         clean: preprocess every case again.
         num_processes: worker processes; 0 for none.
         progress: show a progress bar.
-        verbose: print what is done with every case.
+        verbose: name every case that is done; nnU-Net's own preprocessor, where the plans need it, says more.
 
     Returns:
         Number of cases that were preprocessed now.
@@ -156,6 +156,8 @@ def preprocess_configuration(
                 failures[name] = result
                 continue
             done[name] = keys[name]
+            if verbose:
+                logger.info("%s: %s is preprocessed.", configuration, name)
             if time.monotonic() - last_written > _SECONDS_BETWEEN_MANIFESTS:
                 write_json(done, folders.manifest)
                 last_written = time.monotonic()
@@ -174,7 +176,7 @@ class _Steps:
         recipe: None for plans that only nnU-Net's own preprocessor can follow.
         patch_size: for which the files are laid out.
         stock: for that preprocessor: plans, configuration and dataset.json.
-        verbose: print what is done.
+        verbose: let that preprocessor print what it does.
     """
 
     recipe: Recipe | None
@@ -202,9 +204,6 @@ def preprocess_case(case: Case, folders: CaseFolders, steps: _Steps) -> None:
             preprocessed = _preprocess_as_planned(case, steps)
         else:
             preprocessed = preprocess(case.images, case.label, steps.recipe)
-        if steps.verbose:
-            before = preprocessed.properties["shape_after_cropping_and_before_resampling"]
-            print(f"{case.identifier}: {list(before)} voxels became {list(preprocessed.image.shape[1:])}")
         _save(preprocessed, folders.unfinished / case.identifier, steps.patch_size)
     for target in folders.files(case.identifier, case.label is not None):
         os.replace(folders.unfinished / target.name, target)
