@@ -55,6 +55,7 @@ setup(
         "safetensors>=0.4.3",
         "numpy>=1.24",
         "scipy>=1.11",
+        "threadpoolctl>=3.5",
         "pandas>=2.1",
         "jinja2>=3.1",
         "filelock>=3.32.7",  # before it, a forked data worker kept the lock of a process that died

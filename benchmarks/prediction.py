@@ -4,43 +4,27 @@
     python benchmarks/prediction.py MODEL_FOLDER IMAGES --references LABELS --rounds 3
     python benchmarks/prediction.py MODEL_FOLDER IMAGES --options --disable_tta --only stock auto
 
-Both commands run as a user runs them, start-up included, in turns: every form once per round, forwards in one round,
-backwards in the next. The ratio is the median over rounds of stock's seconds by the form's. Memory is the highest sum
-of the resident sets of the command and all its processes, read twenty times a second; what processes share counts in
-each, for both commands alike. Voxels that differ and Dice are those of the last round.
+Both commands run as a user runs them, start-up included, in turns; measuring.py says how time and memory are read. The
+ratio is the median over rounds of stock's seconds by the form's. Voxels that differ and Dice are those of the last
+round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from measuring import HEADER, Form, in_turns, measure
 
 from lgssl_nnunet.training import PLUGIN_FOLDER
 
 FORMS = {"stock": None, "auto": "auto", "fp32": "fp32", "lgssl stock": "stock"}
-
-
-@dataclass
-class Form:
-    """One way to predict, with what was measured in each round."""
-
-    name: str
-    output: Path
-    seconds: list[float] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)
 
 
 def command(form: Form, args: argparse.Namespace) -> list[str]:
@@ -53,54 +37,9 @@ def command(form: Form, args: argparse.Namespace) -> list[str]:
 
 
 def run(form: Form, args: argparse.Namespace) -> None:
-    """Predict into an empty folder and note seconds and memory.
-
-    Raises:
-        SystemExit: the command failed.
-    """
+    """Predict into an empty folder and note seconds and memory."""
     shutil.rmtree(form.output, ignore_errors=True)
-    environment = {**os.environ, "nnUNet_extTrainer": str(PLUGIN_FOLDER)}
-    with tempfile.TemporaryFile() as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(command(form, args), env=environment, stdout=log, stderr=log)
-        peak = [0]
-        watch = threading.Thread(target=_watch, args=(process, peak))
-        watch.start()
-        status = process.wait()
-        form.seconds.append(time.perf_counter() - start)
-        watch.join()
-        form.memory.append(peak[0])
-        if status:
-            log.seek(0)
-            raise SystemExit(f"{' '.join(command(form, args))} failed:\n{log.read().decode()[-3000:]}")
-
-
-def _watch(process: subprocess.Popen, peak: list[int]) -> None:
-    while process.poll() is None:
-        peak[0] = max(peak[0], sum(_resident(pid) for pid in _family(process.pid)))
-        time.sleep(0.05)
-
-
-def _family(root: int) -> set[int]:
-    """Return the process and all that descend from it."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            try:
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return family
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except OSError:
-        return 0
+    measure(form, command(form, args), {"nnUNet_extTrainer": str(PLUGIN_FOLDER)})
 
 
 def segmentations(folder: Path, ending: str) -> dict[str, np.ndarray]:
@@ -138,23 +77,15 @@ def main() -> None:
     ending = json.loads((args.model / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
     with tempfile.TemporaryDirectory() as scratch:
         forms = [Form(name, Path(scratch) / name.replace(" ", "_")) for name in FORMS if name in {"stock", *args.only}]
-        for turn in range(args.rounds):
-            for form in forms[:: 1 if turn % 2 == 0 else -1]:
-                run(form, args)
-                print(f"round {turn + 1}: {form.name} {form.seconds[-1]:.1f} s", file=sys.stderr)
+        in_turns(forms, args.rounds, lambda form: run(form, args))
         masks = {form.name: segmentations(form.output, ending) for form in forms}
         references = segmentations(args.references, ending) if args.references else {}
-    print("| form | seconds | times faster | memory [MB] | memory ratio | equal voxels | Dice per label |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    stock = forms[0]
+    print(f"| {HEADER} | equal voxels | Dice per label |")
+    print("|" + " --- |" * 7)
     for form in forms:
-        faster = statistics.median(s / own for s, own in zip(stock.seconds, form.seconds, strict=True))
         equal = equal_voxels(masks["stock"], masks[form.name])
         values = " ".join(f"{value:.4f}" for value in dice(masks[form.name], references)) if references else "-"
-        print(
-            f"| {form.name} | {statistics.median(form.seconds):.1f} | {faster:.2f} | {max(form.memory) / 2**20:.0f} | "
-            f"{max(form.memory) / max(stock.memory):.2f} | {100 * equal:.4f} % | {values} |"
-        )
+        print(f"| {form.row(forms[0])} | {100 * equal:.4f} % | {values} |")
 
 
 if __name__ == "__main__":

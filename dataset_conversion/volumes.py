@@ -120,12 +120,37 @@ def count_not_finite(path: Path, array: np.ndarray) -> int:
     return count_stored_not_finite(path) or _count(array)
 
 
+def count_not_finite_if_whole(path: Path) -> int:
+    """Do what `require_whole` and `count_stored_not_finite` do, and unpack a compressed file once for both."""
+    stored = _float_voxels(path)
+    if path.suffix != ".gz" or stored is None:
+        require_whole(path)
+        return count_stored_not_finite(path)
+    require_whole_nifti(path)
+    remaining, wrong = math.prod(stored.shape) * stored.dtype.itemsize, 0
+    with gzip.open(path) as stream:
+        stream.read(stored.offset)
+        while block := stream.read(_GZIP_CHUNK):
+            wrong += _count(np.frombuffer(block[:remaining], dtype=stored.dtype))
+            remaining -= len(block[:remaining])
+    return wrong
+
+
 def count_stored_not_finite(path: Path) -> int:
     """Count the NaN and infinite voxels that a NIfTI file stores: ITK turns them into 0 when it reads one."""
+    stored = _float_voxels(path)
+    return 0 if stored is None else _count(stored.get_unscaled())
+
+
+def _float_voxels(path: Path) -> nib.arrayproxy.ArrayProxy | None:
+    """Return the voxels of a NIfTI file that stores them as floating-point numbers, unread; None for other files."""
     if not path.name.endswith((".nii", ".nii.gz")):
-        return 0
-    image = nib.load(path)
-    return _count(image.dataobj.get_unscaled()) if image.get_data_dtype().kind == "f" else 0
+        return None
+    try:
+        image = nib.load(path)
+    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, zlib.error) as error:
+        raise OSError(str(error)) from None
+    return image.dataobj if image.get_data_dtype().kind == "f" else None
 
 
 def _count(array: np.ndarray) -> int:

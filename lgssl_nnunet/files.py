@@ -115,15 +115,6 @@ def is_unchanged(path: Path, record: Mapping[str, Any] | None) -> bool:
         return False
 
 
-def has_size(path: Path, record: Mapping[str, Any] | None) -> bool:
-    """Whether a file is there with the size in its record, if there is one; a look that reads nothing."""
-    try:
-        size = path.stat().st_size
-    except OSError:
-        return False
-    return record is None or size == record["size"]
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     digest = hashlib.sha256()

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
+from lgssl_nnunet.data.cropping import nonzero_box
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
@@ -27,6 +26,7 @@ TOTAL_SAMPLES = 100_000_000
 MAX_SAMPLES_PER_CASE = 1_000_000
 """Limit per case: with few labelled cases nnU-Net's total would draw every voxel many times over."""
 PERCENTILES = (0.5, 50.0, 99.5)
+_SEED = 1234
 
 
 def dataset_fingerprint(
@@ -101,21 +101,23 @@ def analyze_case(images: list[str], label: str | None, reader: type, num_samples
         `shape` (X, Y, Z) after cropping to the non-zero region, `spacing` in mm, `relative_size` after cropping and
         `intensities`, per channel a float array (num_samples,), for labelled cases.
     """
-    if label is not None:
-        shape, spacing, intensities, _, relative_size = DatasetFingerprintExtractor.analyze_case(
-            images, label, reader, num_samples
-        )
-    else:
-        data, properties = reader().read_images(images)
-        cropped, _, _ = crop_to_nonzero(data)
-        shape, spacing, intensities = cropped.shape[1:], properties["spacing"], None
-        relative_size = np.prod(shape) / np.prod(data.shape[1:])
+    data, properties = reader().read_images(images)
+    box = nonzero_box(data)
+    cropped = data[(slice(None), *box)]
+    intensities = None if label is None else _sample(cropped, reader().read_seg(label)[0][0][box] > 0, num_samples)
     return {
-        "shape": [int(length) for length in shape],
-        "spacing": [float(length) for length in spacing],
-        "relative_size": float(relative_size),
+        "shape": list(cropped.shape[1:]),
+        "spacing": [float(length) for length in properties["spacing"]],
+        "relative_size": float(np.prod(cropped.shape[1:]) / np.prod(data.shape[1:])),
         "intensities": intensities,
     }
+
+
+def _sample(image: np.ndarray, foreground: np.ndarray, number: int) -> list[np.ndarray]:
+    """Return `number` intensities of the foreground per channel, with repetitions, drawn as nnU-Net draws them."""
+    random = np.random.RandomState(_SEED)
+    values = (channel[foreground] for channel in image)
+    return [random.choice(found, number, replace=True) if len(found) else found for found in values]
 
 
 def _intensity_statistics(intensities: list[list[np.ndarray]], dataset: RawDataset) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.twins import ImagePrint, Twins, find_twins, print_of, report
-from lgssl_nnunet.dataset_conversion.volumes import count_not_finite, last_line, require_whole
+from lgssl_nnunet.dataset_conversion.volumes import count_not_finite_if_whole, last_line
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import Case, RawDataset, find_reader, held_out_cases
@@ -229,8 +229,6 @@ def check_case(case: Case, num_channels: int, values: Sequence[int], reader: typ
     problems: list[Problem] = []
     channels = [_read(path, reader, problems) for path in case.images]
     images = [(path, *read) for path, read in zip(case.images, channels, strict=True) if read is not None]
-    for path, image, _ in images:
-        problems += _value_problems(path, image)
     if len(images) == len(case.images):
         found = sum(len(image) for _, image, _ in images)
         if found != num_channels:
@@ -241,7 +239,6 @@ def check_case(case: Case, num_channels: int, values: Sequence[int], reader: typ
         problems += _geometry_problems(path, image, properties, *images[0], remedy)
     label = None if case.label is None else _read(case.label, reader, problems, is_label=True)
     if label is not None:
-        problems += _value_problems(case.label, label[0])
         problems += _unknown_values(case.label, label[0], values)
         if images:
             remedy = "resample the label to the image's grid"
@@ -255,23 +252,21 @@ def _read(
     path: Path, reader: type, problems: list[Problem], is_label: bool = False
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     try:
-        require_whole(path)
-        return reader().read_seg(str(path)) if is_label else reader().read_images((str(path),))
+        wrong = count_not_finite_if_whole(path)
+        found = reader().read_seg(str(path)) if is_label else reader().read_images((str(path),))
     except Exception as error:
         problems.append(Problem(_shown(path), f"cannot be read ({last_line(error)})", "copy or export it again"))
         return None
-
-
-def _value_problems(path: Path, image: np.ndarray) -> list[Problem]:
-    wrong = count_not_finite(path, image)
-    if not wrong:
-        return []
-    problem = f"{wrong} voxels are NaN or infinite"
-    return [Problem(_shown(path), problem, "replace them by a value that makes sense")]
+    wrong = wrong or int(found[0].size - np.count_nonzero(np.isfinite(found[0])))
+    if wrong:
+        problem = f"{wrong} voxels are NaN or infinite"
+        problems.append(Problem(_shown(path), problem, "replace them by a value that makes sense"))
+    return found
 
 
 def _unknown_values(path: Path, label: np.ndarray, values: Sequence[int]) -> list[Problem]:
-    unknown = sorted(set(np.unique(label[np.isfinite(label)]).tolist()).difference(values))
+    other = label[~np.isin(label, values)]
+    unknown = np.unique(other[np.isfinite(other)]).tolist()
     if not unknown:
         return []
     shown = ", ".join(f"{value:g}" for value in unknown[:5]) + (" and more" if len(unknown) > 5 else "")

@@ -130,7 +130,7 @@ def plan_and_preprocess(
         num_processes: worker processes for preprocessing, one number or one per configuration; 0 for none. None:
             nnU-Net's defaults, at most one per core.
         num_processes_fingerprint: worker processes for integrity check and fingerprint; None: at most 8, one per core.
-        verbose: let nnU-Net's preprocessor print what it does.
+        verbose: name every case that is preprocessed.
         progress: show progress bars.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Preprocessing of labelled and unlabelled cases, by nnU-Net's preprocessor, redone only where something has changed.
+"""Preprocessing of labelled and unlabelled cases, redone only where something has changed.
 
 On disk, in the folder of the dataset in `nnUNet_preprocessed`:
 
@@ -20,17 +20,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from lgssl_nnunet.data.preprocessing import PreprocessedCase, Recipe, preprocess, recipe_of
 from lgssl_nnunet.files import (
     content_hash,
     copy_file,
     environment,
     file_record,
     file_signature,
-    has_size,
     is_unchanged,
     move_into_place,
     read_json_if_valid,
@@ -90,6 +91,17 @@ class CaseFolders:
         suffixes = LABELED_SUFFIXES if is_labeled else UNLABELED_SUFFIXES
         return [folder / f"{identifier}{suffix}" for suffix in suffixes]
 
+    def sizes(self, is_labeled: bool) -> dict[str, int]:
+        """Return the size in bytes of every file of the labelled or the unlabelled cases, by name.
+
+        The folder is listed once: asking for every file takes seconds with ten thousand cases.
+        """
+        folder = self.labeled if is_labeled else self.unlabeled
+        if not folder.is_dir():
+            return {}
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries}
+
 
 def preprocess_configuration(
     dataset: RawDataset,
@@ -112,7 +124,7 @@ def preprocess_configuration(
         clean: preprocess every case again.
         num_processes: worker processes; 0 for none.
         progress: show a progress bar.
-        verbose: let nnU-Net's preprocessor print what it does.
+        verbose: name every case that is done; nnU-Net's own preprocessor, where the plans need it, says more.
 
     Returns:
         Number of cases that were preprocessed now.
@@ -127,7 +139,8 @@ def preprocess_configuration(
     _prepare_folders(folders, dataset)
     write_json(done, folders.manifest)
     logger.info("%s: %d cases to preprocess, %d unchanged.", configuration, len(todo), len(done))
-    tasks = {name: (case, folders, plans, configuration, dataset.dataset_json, verbose) for name, case in todo.items()}
+    steps = _Steps.of(plans, configuration, dataset.dataset_json, verbose)
+    tasks = {name: (case, folders, steps) for name, case in todo.items()}
     failures: dict[str, CaseFailure] = {}
     last_written = time.monotonic()
     try:
@@ -143,6 +156,8 @@ def preprocess_configuration(
                 failures[name] = result
                 continue
             done[name] = keys[name] | {"files": result}
+            if verbose:
+                logger.info("%s: %s is preprocessed.", configuration, name)
             if time.monotonic() - last_written > _SECONDS_BETWEEN_MANIFESTS:
                 write_json(done, folders.manifest)
                 last_written = time.monotonic()
@@ -155,40 +170,81 @@ def preprocess_configuration(
     return len(todo)
 
 
-def preprocess_case(
-    case: Case,
-    folders: CaseFolders,
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    verbose: bool = False,
-) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class _Steps:
+    """What is done with every case of a configuration.
+
+    Attributes:
+        recipe: None for plans that only nnU-Net's own preprocessor can follow.
+        patch_size: for which the files are laid out.
+        stock: for that preprocessor: plans, configuration and dataset.json.
+        verbose: let that preprocessor print what it does.
+    """
+
+    recipe: Recipe | None
+    patch_size: tuple[int, ...]
+    stock: tuple[dict[str, Any], str, dict[str, Any]] | None
+    verbose: bool
+
+    @classmethod
+    def of(cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], verbose: bool) -> _Steps:
+        """Read the plans, which imports torch: workers are spared that."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        plans_manager = PlansManager(plans)
+        configuration_manager = plans_manager.get_configuration(configuration)
+        recipe = recipe_of(plans_manager, configuration_manager, dataset_json)
+        stock = None if recipe else (plans, configuration, dataset_json)
+        return cls(recipe, tuple(configuration_manager.patch_size), stock, verbose)
+
+
+def preprocess_case(case: Case, folders: CaseFolders, steps: _Steps) -> dict[str, dict[str, Any]]:
     """Preprocess one case into temporary files, move them to their place and return their records by name."""
-    plans_manager = PlansManager(plans)
-    configuration_manager = plans_manager.get_configuration(configuration)
-    preprocessor = configuration_manager.preprocessor_class(verbose=verbose)
-    images = [str(path) for path in case.images]
-    unfinished = str(folders.unfinished / case.identifier)
     targets = folders.files(case.identifier, case.label is not None)
     temporary = {folders.unfinished / target.name: target for target in targets}
     try:
         # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
         with environment({"BLOSC_NTHREADS": "1"}):
-            if case.label is not None:
-                preprocessor.run_case_save(
-                    unfinished, images, str(case.label), plans_manager, configuration_manager, dataset_json
-                )
+            if steps.recipe is None:
+                preprocessed = _preprocess_as_planned(case, steps)
             else:
-                data, mask, properties = preprocessor.run_case(
-                    images, None, plans_manager, configuration_manager, dataset_json
-                )
-                _save_image(data, mask, properties, unfinished, tuple(configuration_manager.patch_size))
+                preprocessed = preprocess(case.images, case.label, steps.recipe)
+            _save(preprocessed, folders.unfinished / case.identifier, steps.patch_size)
         move_into_place(temporary)
     finally:
         for file in filter(Path.exists, temporary):
             os.truncate(file, 0)  # a writer that failed may still hold the file, and with it room on a full disk
             file.unlink()
     return {target.name: file_record(target) for target in targets}
+
+
+def _preprocess_as_planned(case: Case, steps: _Steps) -> PreprocessedCase:
+    """Preprocess one case with the preprocessor class that the plans name."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plans, configuration, dataset_json = steps.stock
+    plans_manager = PlansManager(plans)
+    configuration_manager = plans_manager.get_configuration(configuration)
+    preprocessor = configuration_manager.preprocessor_class(verbose=steps.verbose)
+    images, label = [str(path) for path in case.images], None if case.label is None else str(case.label)
+    image, mask, properties = preprocessor.run_case(images, label, plans_manager, configuration_manager, dataset_json)
+    return PreprocessedCase(image, None if label is None else mask, properties)
+
+
+def _save(case: PreprocessedCase, file: Path, patch_size: tuple[int, ...]) -> None:
+    """Save a case as nnU-Net does, without a segmentation where it has none."""
+    _save_array(case.image.astype(np.float32, copy=False), f"{file}.b2nd", patch_size)
+    if case.label is not None:
+        _save_array(case.label.astype(np.int16, copy=False), f"{file}_seg.b2nd", patch_size)
+    write_pickle(case.properties, f"{file}.pkl")
+
+
+def _save_array(array: np.ndarray, file: str, patch_size: tuple[int, ...]) -> None:
+    blocks, chunks = comp_blosc2_params(array.shape, patch_size, array.itemsize)
+    codec, level = blosc2.Codec.LZ4HC, 5
+    filters = [nnUNetDatasetBlosc2._select_filter(array, blocks, chunks, codec, level)]
+    compression = {"codec": codec, "clevel": level, "filters": filters, "nthreads": 1}
+    blosc2.asarray(np.ascontiguousarray(array), urlpath=file, chunks=chunks, blocks=blocks, cparams=compression)
 
 
 def copy_labels(dataset: RawDataset, preprocessed: Path) -> None:
@@ -202,24 +258,6 @@ def copy_labels(dataset: RawDataset, preprocessed: Path) -> None:
         target = folder / f"{name}{dataset.file_ending}"
         if not target.exists() or file_signature(target)[1:] != file_signature(case.label)[1:]:
             copy_file(case.label, target)
-
-
-def _save_image(data: np.ndarray, mask: np.ndarray, properties: dict, unfinished: str, patch_size: tuple) -> None:
-    """Save an image (C, X, Y, Z) as nnU-Net does; its function wants a segmentation, which is not kept."""
-    data, mask = data.astype(np.float32, copy=False), mask.astype(np.int16, copy=False)
-    blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
-    mask_blocks, mask_chunks = comp_blosc2_params(mask.shape, patch_size, mask.itemsize)
-    nnUNetDatasetBlosc2.save_case(
-        data,
-        mask,
-        properties,
-        unfinished,
-        chunks=chunks,
-        blocks=blocks,
-        chunks_seg=mask_chunks,
-        blocks_seg=mask_blocks,
-    )
-    os.remove(f"{unfinished}_seg.b2nd")
 
 
 def sources_of(entry: Any) -> Any:
@@ -270,15 +308,20 @@ def unprepared_cases(
     settings = _settings(plans, configuration, dataset_json)
     split = plans["lgssl"]["split"]
     wanted = dict.fromkeys(split["unlabeled"], False) | dict.fromkeys(split["labeled"], True)
+    sizes = {is_labeled: folders.sizes(is_labeled) for is_labeled in (True, False)}
     return sorted(
         name
         for name, is_labeled in wanted.items()
         if (done.get(name) or {}).get("settings") != settings
         or done[name]["labeled"] != is_labeled
-        or not all(
-            has_size(file, done[name].get("files", {}).get(file.name)) for file in folders.files(name, is_labeled)
-        )
+        or not _are_as_noted(name, is_labeled, sizes[is_labeled], done[name].get("files", {}))
     )
+
+
+def _are_as_noted(name: str, is_labeled: bool, sizes: Mapping[str, int], records: Mapping[str, Any]) -> bool:
+    """Whether all files of a case are there, in the sizes noted when they were written (if they were noted)."""
+    files = [f"{name}{suffix}" for suffix in (LABELED_SUFFIXES if is_labeled else UNLABELED_SUFFIXES)]
+    return all(file in sizes and sizes[file] == records.get(file, {"size": sizes[file]})["size"] for file in files)
 
 
 def _finished_cases(folders: CaseFolders, dataset: RawDataset, keys: Mapping[str, dict]) -> dict[str, dict]:

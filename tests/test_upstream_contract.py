@@ -39,6 +39,8 @@ EXPORT = "lgssl_nnunet/inference/export.py"
 STORED = "lgssl_nnunet/inference/stored_model.py"
 KNOWN = "lgssl_nnunet/inference/known_classes.py"
 STOCK = "lgssl_nnunet/inference/stock_model.py"
+PREPROCESSING = "lgssl_nnunet/data/preprocessing.py"
+RESAMPLING = "lgssl_nnunet/data/resampling.py"
 SELECTION_MAPS = "lgssl_nnunet/inference/selection_maps.py"
 MIXIN = "plans/planner.py: LGSSLPlanningMixin"
 CPU_PLANNER = "plans/planner.py: LGSSLPlannerCPU"
@@ -136,9 +138,10 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{DATASETS}: nnUNetDatasetBlosc2.__init__": (DATASET,),
     f"{DATASETS}: nnUNetDatasetBlosc2.load_case": (f"{DATASET}.load_case",),
     f"{DATASETS}: nnUNetDatasetBlosc2.get_identifiers": (f"{DATASET}.get_identifiers",),
-    f"{DATASETS}: nnUNetDatasetBlosc2.save_case": ("plans/preprocessing.py: _save_image",),
+    f"{DATASETS}: nnUNetDatasetBlosc2.save_case": ("plans/preprocessing.py: _save",),
+    f"{DATASETS}: nnUNetDatasetBlosc2._select_filter": ("plans/preprocessing.py: _save_array",),
     f"{DATASETS}: comp_blosc2_params": (
-        "plans/preprocessing.py: _save_image",
+        "plans/preprocessing.py: _save_array",
         f"{PSEUDO_LABELS}: _write_case",
         "lgssl_nnunet/data/sparse.py: write_annotation",
     ),
@@ -185,27 +188,48 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{RESENC}: nnUNetPlannerResEncL": ("plans/planner.py: LGSSLPlannerResEncL",),
     f"{RESENC}: nnUNetPlannerResEncXL": ("plans/planner.py: LGSSLPlannerResEncXL",),
     "nnunetv2/experiment_planning/dataset_fingerprint/fingerprint_extractor.py: "
-    "DatasetFingerprintExtractor.collect_foreground_intensities": ("plans/fingerprint.py: analyze_case",),
+    "DatasetFingerprintExtractor.collect_foreground_intensities": ("plans/fingerprint.py: _sample",),
     "nnunetv2/experiment_planning/dataset_fingerprint/fingerprint_extractor.py: "
     "DatasetFingerprintExtractor.analyze_case": ("plans/fingerprint.py: analyze_case",),
     "nnunetv2/experiment_planning/dataset_fingerprint/fingerprint_extractor.py: DatasetFingerprintExtractor.run": (
         "plans/fingerprint.py: extract_fingerprint",
     ),
-    "nnunetv2/preprocessing/cropping/cropping.py: crop_to_nonzero": ("plans/fingerprint.py: analyze_case",),
+    "nnunetv2/preprocessing/cropping/cropping.py: crop_to_nonzero": (
+        "plans/fingerprint.py: analyze_case",
+        "lgssl_nnunet/data/cropping.py: nonzero_box",
+    ),
+    "nnunetv2/preprocessing/cropping/cropping.py: create_nonzero_mask": ("lgssl_nnunet/data/cropping.py: outside",),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case": (
-        "plans/preprocessing.py: preprocess_case",
+        "plans/preprocessing.py: _preprocess_as_planned",
         "lgssl_nnunet/inference/predictor.py: _preprocess",
+        f"{PREPROCESSING}: preprocess",
     ),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case_npy": (
-        "plans/preprocessing.py: preprocess_case",
+        f"{PREPROCESSING}: preprocess",
     ),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case_save": (
-        "plans/preprocessing.py: preprocess_case",
-        "plans/preprocessing.py: _save_image",
+        "plans/preprocessing.py: _save",
+    ),
+    "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor._normalize": (
+        f"{PREPROCESSING}: _normalise",
+        f"{KNOWN}: _foreign_steps",
     ),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor._sample_foreground_locations": (
         f"{PSEUDO_LABELS}: _write_case",
+        f"{PREPROCESSING}: class_locations",
     ),
+    **{
+        f"nnunetv2/preprocessing/normalization/default_normalization_schemes.py: {scheme}": (
+            f"{PREPROCESSING}: _normalise",
+        )
+        for scheme in (
+            "CTNormalization",
+            "NoNormalization",
+            "RescaleTo01Normalization",
+            "RGBTo01Normalization",
+            "ZScoreNormalization",
+        )
+    },
     "nnunetv2/imageio/reader_writer_registry.py: determine_reader_writer_from_dataset_json": (
         "plans/cases.py: find_reader",
     ),
@@ -244,8 +268,15 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     "nnunetv2/preprocessing/resampling/default_resampling.py: determine_do_sep_z_and_axis": (
         f"{EXPORT}: nearest_axis",
+        f"{RESAMPLING}: nearest_axis",
     ),
-    "nnunetv2/preprocessing/resampling/default_resampling.py: resample_data_or_seg": (f"{EXPORT}: segment",),
+    "nnunetv2/preprocessing/resampling/default_resampling.py: compute_new_shape": (f"{RESAMPLING}: new_shape",),
+    "nnunetv2/preprocessing/resampling/default_resampling.py: resample_data_or_seg": (
+        f"{EXPORT}: segment",
+        f"{RESAMPLING}: resample_image",
+    ),
+    "batchgenerators/augmentations/utils.py: resize_segmentation": (f"{RESAMPLING}: resample_labels",),
+    "batchgenerators/augmentations/utils.py: _resample_seg_by_argmax": (f"{RESAMPLING}: _vote",),
     f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (f"{SELECTION_MAPS}: _itk_image",),
     f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIOWithReorient": (f"{SELECTION_MAPS}: _itk_image",),
     f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIO": (f"{SELECTION_MAPS}: _nibabel_image",),
@@ -282,9 +313,6 @@ WATCHED: dict[str, tuple[str, ...]] = {
     # What plans name, and where nnU-Net looks for it.
     f"{UTILITIES}/label_handling/label_handling.py: get_labelmanager_class_from_plans": (f"{KNOWN}: _foreign_steps",),
     f"{IMAGE_IO}/reader_writer_registry.py: recursive_find_reader_writer_by_name": (f"{KNOWN}: known_reader",),
-    "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor._normalize": (
-        f"{KNOWN}: _foreign_steps",
-    ),
     "nnunetv2/preprocessing/resampling/utils.py: recursive_find_resampling_fn_by_name": (f"{KNOWN}: _foreign_steps",),
     "nnunetv2/model_sharing/model_import.py: install_model_from_zip_file": (f"{STOCK}: write_stock_zip",),
     f"{UTILITIES}/get_network_from_plans.py: get_network_from_plans": (
@@ -321,6 +349,7 @@ ONLY_NAMED = {
     f"{TRANSFORMS}/spatial/spatial.py: SpatialTransform",
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert2DTo3DTransform",
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert3DTo2DTransform",
+    "nnunetv2/configuration.py: ANISO_THRESHOLD",
     "nnunetv2/imageio/base_reader_writer.py: BaseReaderWriter",
     "nnunetv2/preprocessing/normalization/default_normalization_schemes.py: ImageNormalization",
     "nnunetv2/imageio/simpleitk_reader_writer.py: SimpleITKIO",

@@ -127,7 +127,7 @@ def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--clean", action="store_true", help="redo fingerprint and preprocessing even if unchanged (default: off)"
     )
-    group.add_argument("--verbose", action="store_true", help="print what nnU-Net's preprocessor does (default: off)")
+    group.add_argument("--verbose", action="store_true", help="name every case that is preprocessed (default: off)")
     group.add_argument("--no_pbar", action="store_true", help="no progress bars, for log files (default: off)")
 
 

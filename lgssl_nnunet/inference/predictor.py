@@ -25,6 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lgssl_nnunet.data.preprocessing import preprocess, recipe_of
 from lgssl_nnunet.dataset_conversion.volumes import require_whole_nifti
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import DatasetError, LGSSLError, UsageError
@@ -359,14 +360,14 @@ def _preprocess(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict
     """Read and preprocess one case; runs in a worker process or in this one."""
     for file in case.files:
         require_finite(file)
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
-    data, _, properties = preprocessor.run_case(
-        [str(file) for file in case.files],
-        None,
-        predictor.plans_manager,
-        predictor.configuration_manager,
-        predictor.dataset_json,
-    )
+    planned = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    recipe = None if predictor.precision == "stock" else recipe_of(*planned)
+    if recipe is None:
+        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
+        data, _, properties = preprocessor.run_case([str(file) for file in case.files], None, *planned)
+    else:
+        preprocessed = preprocess(case.files, None, recipe)
+        data, properties = preprocessed.image, preprocessed.properties
     if not np.isfinite(data).all():
         raise DatasetError(f"{case.files[0]}: preprocessing gives NaN or infinite voxels; look for them in the image.")
     return np.ascontiguousarray(data, dtype=np.float32), properties

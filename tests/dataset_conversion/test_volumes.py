@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from lgssl_nnunet.dataset_conversion.volumes import last_line, read_h5, require_whole, require_whole_nifti
+from lgssl_nnunet.dataset_conversion import volumes
+from lgssl_nnunet.dataset_conversion.volumes import (
+    count_not_finite_if_whole,
+    last_line,
+    read_h5,
+    require_whole,
+    require_whole_nifti,
+)
 from lgssl_nnunet.errors import MissingDependencyError
 
 LENGTH = 352 + 20**3
@@ -93,3 +100,23 @@ def test_a_changed_byte_is_found_by_the_checksum(whole, tmp_path):
     require_whole_nifti(file)
     with pytest.raises(OSError, match="CRC check failed"):
         require_whole(file)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("type_", [np.float32, np.float64])
+def test_nan_and_infinite_voxels_are_counted_as_stored(tmp_path, name, type_, monkeypatch):
+    monkeypatch.setattr(volumes, "_GZIP_CHUNK", 4096)
+    array = np.random.default_rng(0).normal(size=(20, 30, 25)).astype(type_)
+    array[0, 0, 0], array[10, 10, :3], array[-1, -1, -1] = np.nan, np.inf, -np.inf
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / name))
+    assert count_not_finite_if_whole(tmp_path / name) == 5
+
+
+def test_damage_is_found_while_voxels_are_counted(tmp_path):
+    file = tmp_path / "a.nii.gz"
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((20, 30, 25), np.float32)), str(file))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(OSError, match="CRC check failed"):
+        count_not_finite_if_whole(file)

@@ -16,7 +16,6 @@ from lgssl_nnunet.files import (
     environment,
     file_record,
     file_signature,
-    has_size,
     is_unchanged,
     link_file,
     remove_leftovers,
@@ -148,14 +147,11 @@ def test_a_changed_file_is_told_from_a_copy_and_from_the_same(tmp_path):
     file.write_bytes(b"0123456x89")
     os.utime(file, ns=(1, 1))
     assert not is_unchanged(file, record)
-    assert has_size(file, record)
     file.write_bytes(b"0123")
     assert not is_unchanged(file, record)
-    assert not has_size(file, record)
     assert is_unchanged(file, None)
     file.unlink()
     assert not is_unchanged(file, None)
-    assert not has_size(file, None)
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

@@ -1,25 +1,34 @@
-"""What benchmarks/prediction.py counts, by hand."""
+"""What benchmarks/prediction.py and the measuring behind it count, by hand."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks():
+    """Scripts beside each other import each other by their bare names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        yield
+
+
+@pytest.fixture
 def benchmark():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "prediction.py"
-    spec = importlib.util.spec_from_file_location("prediction_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prediction_benchmark"] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("prediction")
+
+
+@pytest.fixture
+def measuring():
+    return importlib.import_module("measuring")
 
 
 def test_equal_voxels_are_counted_over_all_cases(benchmark):
@@ -36,14 +45,45 @@ def test_dice_is_the_mean_over_the_cases_of_each_label(benchmark):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="memory is read from /proc, which Linux has")
-def test_memory_is_that_of_a_process_and_its_descendants(benchmark):
+def test_memory_is_that_of_a_process_and_its_descendants(measuring):
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as process:
         for _ in range(2000):
-            family = benchmark._family(process.pid)
-            if len(family) == 2 and all(benchmark._resident(pid) > 0 for pid in family):
+            family = measuring._family(process.pid)
+            if len(family) == 2 and all(measuring._resident(pid) > 0 for pid in family):
                 break
         process.communicate(b"\n")
     assert process.pid in family
     assert len(family) == 2
     assert os.getpid() not in family
+
+
+def test_ratios_are_those_of_the_same_round(measuring):
+    stock = measuring.Form("stock", Path(), [10.0, 20.0, 12.0], [100 * 2**20, 80 * 2**20, 90 * 2**20])
+    ours = measuring.Form("ours", Path(), [5.0, 4.0, 3.0], [20 * 2**20, 25 * 2**20, 10 * 2**20])
+    assert ours.row(stock) == "ours | 4.0 | 4.00 (2.00 to 5.00) | 25 | 0.25"
+
+
+def test_a_command_that_fails_is_shown(measuring):
+    form = measuring.Form("ours", Path())
+    with pytest.raises(SystemExit, match="no such thing"):
+        measuring.measure(form, [sys.executable, "-c", "raise SystemExit('no such thing')"], {})
+
+
+def test_differences_of_preprocessed_cases_are_found(tmp_path):
+    blosc2 = importlib.import_module("blosc2")
+    preprocessing = importlib.import_module("preprocessing")
+    plans = '{"configurations": {"2d": {"data_identifier": "nnUNetPlans_2d"}}}'
+    forms = []
+    for name, shift in (("stock", 0), ("ours", 1)):
+        folder = tmp_path / name / "Dataset901_Tiny" / f"{preprocessing.PLANS[name]}_2d"
+        folder.mkdir(parents=True)
+        (folder.parent / "nnUNetPlans.json").write_text(plans)
+        image, label = np.arange(11, dtype=np.float32), np.array([0, 0, 1, 1], dtype=np.int16)
+        image[3] += shift
+        label[2] -= shift
+        blosc2.asarray(image, urlpath=str(folder / "case.b2nd"))
+        blosc2.asarray(label, urlpath=str(folder / "case_seg.b2nd"))
+        forms.append(SimpleNamespace(output=tmp_path / name))
+    assert preprocessing.largest_difference(forms) == pytest.approx(0.1)
+    assert preprocessing.smallest_dice(forms) == pytest.approx(2 / 3)
