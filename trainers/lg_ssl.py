@@ -83,6 +83,7 @@ class LGSSLTrainer(SemiSupervisedTrainer):
 
     hyperparameters = LGSSLHyperparameters()
     views = ("strong",)
+    supports_several_gpus = True
     pairs_batches = True
 
     @classmethod
