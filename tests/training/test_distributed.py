@@ -45,6 +45,7 @@ WITHOUT_CHANCE: dict[str, list[dict[str, Any]]] = {
         | {"first_threshold": 0.6, "last_threshold": 0.6}
     ],
     "MeanTeacherTrainer": [{"noise": 0.0, "ramp_fraction": 0.0, "consistency_weight": 20.0}],
+    "MCFTrainer": [{"ramp_fraction": 0.0, "pseudo_weight": 5.0}],
     "MCNetPlusTrainer": [{"dropout": 0.0, "ramp_fraction": 0.0}],
     "CPSTrainer": [{"ramp_fraction": 0.0, "pseudo_weight": 1.0}],
     "TACTrainer": [
@@ -58,7 +59,7 @@ SCHEDULES = {
     "sgd": {"optimizer": "sgd", "lr_schedule": "poly", "initial_lr": 0.01, "weight_decay": 3e-5},
     "adamw": {"optimizer": "adamw", "lr_schedule": "cosine", "initial_lr": 1e-3, "weight_decay": 1e-2},
 }
-SETTINGS = {"sgd": False, "adamw": True}  # whether the Dice is that of the whole batch
+BATCH_DICE = {"sgd": False, "adamw": True}  # whether the Dice is that of the whole batch
 STOPS = {"signal": ("SIGTERM", 3), "file": ("file", 4)}
 
 
@@ -73,7 +74,7 @@ def plans_for(dataset: Any, schedule: str, batch_size: int, hyperparameters: dic
     plans = dataset.plans()
     plans["lgssl"]["schedule"].update(SCHEDULES[schedule], num_epochs=2, iterations_per_epoch=4)
     plans["lgssl"]["training"] = {"seed": 0, "hyperparameters": hyperparameters}
-    plans["configurations"]["3d_fullres"].update(batch_size=batch_size, batch_dice=SETTINGS[schedule])
+    plans["configurations"]["3d_fullres"].update(batch_size=batch_size, batch_dice=BATCH_DICE[schedule])
     return plans
 
 
@@ -119,9 +120,9 @@ def found(work, tiny_dataset, tmp_path_factory) -> list[dict[str, Any]]:
     refused = {"dataset_json": tiny_dataset().dataset_json(), "plans": plans}
     more = {key: (function, {**refused, "name": name}) for key, (function, name) in refusals.items()}
     torch.save({**work, **more}, folder / "work.pt")
-    with tiny_dataset().environment(tmp_path_factory.mktemp("results")):
-        with started(torchrun(str(SCRIPT), str(folder))) as processes:
-            said = finished(processes)
+    environment = tiny_dataset().environment(tmp_path_factory.mktemp("results"))
+    with environment, started(torchrun(str(SCRIPT), str(folder))) as processes:
+        said = finished(processes)
     assert said.returncode == 0, said.stderr
     return [torch.load(folder / f"found_{number}.pt", weights_only=False) for number in range(PROCESSES)]
 
@@ -301,16 +302,16 @@ def test_num_gpus_on_the_cpu_leaves_one_model_folder_that_predicts(dataset, tmp_
 def test_two_nodes_train_one_model(dataset):
     port = find_free_network_port()
     words = ["-m", "lgssl_nnunet.cli.train", *train_words("--epochs", "1", trainer="UAMTTrainer")]
-    with started(torchrun(*words, nodes=2, node=0, port=port)) as one:
-        with started(torchrun(*words, nodes=2, node=1, port=port)) as other:
-            said = [finished(node) for node in (one, other)]
+    one, other = (started(torchrun(*words, nodes=2, node=node, port=port)) for node in range(2))
+    with one as first, other as second:
+        said = [finished(node) for node in (first, second)]
     assert [node.returncode for node in said] == [0, 0], said
     assert len(list(results().rglob("checkpoint_final.pth"))) == 1
     (log,) = results().rglob("training_log_*.txt")
     assert "Training done" in log.read_text()
 
 
-LONG = ("--epochs", "1000", "--iterations_per_epoch", "20")
+LONG = ("--epochs", "10000", "--iterations_per_epoch", "2")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
