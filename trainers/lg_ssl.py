@@ -147,5 +147,4 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         return terms
 
     def _split(self, outputs: Tensor | list[Tensor], num_labeled: int) -> tuple[Tensor, Tensor]:
-        p = self.probabilities(outputs)
-        return p[:num_labeled], p[num_labeled:]
+        return self.probabilities(outputs).tensor_split([num_labeled])
