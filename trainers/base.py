@@ -307,7 +307,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def check_processes(cls, plans: dict[str, Any], configuration: str, number: int) -> None:
         """Refuse to train in `number` processes what they would not train as one process does."""
         if not cls.supports_several_gpus:
-            raise UsageError(f"{cls.__name__} trains in one process only: leave out -num_gpus, and start no several.")
+            raise UsageError(f"{cls.__name__} trains in one process only: start it without -num_gpus and torchrun.")
         planned = PlansManager(plans).get_configuration(configuration).batch_size
         asked = plans["lgssl"].get("training", {}).get("unlabeled_batch_size")
         for kind, size in (("labelled", planned), ("unlabelled", asked or planned)):
