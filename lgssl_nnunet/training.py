@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +79,9 @@ def train(
         validate_best: use checkpoint_best.pth for the final validation.
         export_probabilities: save the validation's class probabilities as .npz.
         disable_checkpointing: write no checkpoints.
-        num_gpus: number of CUDA devices for distributed training.
-        device: torch device or its name; None chooses.
+        num_gpus: number of processes on this machine that share the training, each with a GPU, or all on the CPU with
+            `device` "cpu". Started by torchrun, the function takes the process that it is in for one of several.
+        device: torch device or its name; None chooses. Of several processes each takes the GPU of its number.
         progress: show a progress bar; None means on a terminal only.
 
     Returns:
@@ -93,8 +94,9 @@ def train(
         TrainingStopped: a signal or a file named STOP in the fold folder ended it; `continue_training` goes on.
         TrainingError: five steps in a row were not finite, or a checkpoint could not be written.
     """
+    arguments = dict(locals(), num_gpus=1)
     use_data_folders()
-    _check_flags(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights, num_gpus)
+    _check_flags(continue_training, only_validate, validate_best, disable_checkpointing, pretrained_weights)
     fold = parse_fold(fold)
     trainer_class = find_trainer(trainer)
     dataset_folder = preprocessed_folder(dataset)
@@ -106,28 +108,22 @@ def train(
     model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
     _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
-    if num_gpus > 1:
-        _check_trainer(trainer_class, used_plans, configuration, fold, dataset_folder)
-        _write_plans(dataset_folder, used_plans, base_plans)
-        flags = (export_probabilities, continue_training, only_validate, disable_checkpointing, validate_best)
-        _train_distributed(
-            dataset_folder.name,
-            configuration,
-            fold,
-            trainer,
-            used_plans["plans_name"],
-            pretrained_weights,
-            num_gpus,
-            *flags,
-        )
+    if num_gpus != 1:
+        _check_number_of_processes(num_gpus, device)
+        _check_trainer(trainer_class, used_plans, configuration, fold, dataset_folder, num_gpus)
+        from lgssl_nnunet.engine.launching import launch
+
+        launch(train, num_gpus, arguments)
         return model_folder
-    run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, device)
-    _write_plans(dataset_folder, used_plans, base_plans)
-    run.disable_checkpointing, run.show_progress = disable_checkpointing, progress
-    with _algorithms(deterministic):
-        _load_weights(run, continue_training, only_validate, pretrained_weights, trust_checkpoint)
-        _run_training(run, only_validate)
-    _validate(run, fold, only_validate, validate_best, export_probabilities)
+    with _one_of_several(trainer_class, device) as own_device:
+        run = _build(trainer_class, used_plans, configuration, fold, dataset_folder, continue_training, own_device)
+        if run.local_rank == 0:
+            _write_plans(dataset_folder, used_plans, base_plans)
+        run.disable_checkpointing, run.show_progress = disable_checkpointing, progress if run.local_rank == 0 else False
+        with _algorithms(deterministic):
+            _load_weights(run, continue_training, only_validate, pretrained_weights, trust_checkpoint)
+            _run_training(run, only_validate)
+            _validate(run, fold, only_validate, validate_best, export_probabilities)
     return model_folder
 
 
@@ -189,7 +185,6 @@ def _check_flags(
     validate_best: bool,
     disable_checkpointing: bool,
     pretrained_weights: Path | str | None,
-    num_gpus: int,
 ) -> None:
     if continue_training and only_validate:
         raise UsageError("--c continues a training and --val only validates a finished one: give one of them.")
@@ -197,21 +192,26 @@ def _check_flags(
         raise UsageError("--c and -pretrained_weights exclude each other: pretrained weights start a training.")
     if validate_best and disable_checkpointing:
         raise UsageError("--val_best needs the checkpoint that --disable_checkpointing does not write.")
-    if pretrained_weights is not None and num_gpus > 1:
-        raise UsageError("-pretrained_weights works on one GPU only: leave out -num_gpus.")
-    _check_number_of_gpus(num_gpus)
     if pretrained_weights is not None and not Path(pretrained_weights).is_file():
         raise UsageError(f"The file of -pretrained_weights does not exist: {pretrained_weights}.")
 
 
-def _check_number_of_gpus(num_gpus: int) -> None:
-    if num_gpus == 1:
-        return
+def _check_number_of_processes(num_gpus: int, device: str | torch.device | None) -> None:
+    """Refuse a number of processes that this machine has no devices for."""
     import torch
 
+    from lgssl_nnunet.engine.distributed import check_devices, is_launched
+    from lgssl_nnunet.inference.device import choose_device
+
+    if is_launched():
+        raise UsageError("-num_gpus starts processes and so does torchrun: leave out one of them.")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not 1 <= num_gpus <= found:
-        raise UsageError(f"-num_gpus {num_gpus}: torch sees {found} CUDA GPU(s) here; give at most as many.")
+    if num_gpus < 1 or (device is None and num_gpus > found):
+        raise UsageError(
+            f"-num_gpus {num_gpus}: torch sees {found} CUDA GPU(s) here; give at most as many, or -device cpu for "
+            "processes that share the CPU."
+        )
+    check_devices(choose_device(device), num_gpus)
 
 
 def _check_plans(plans: dict[str, Any], configuration: str, trainer: str, dataset_folder: Path) -> None:
@@ -342,14 +342,37 @@ def _changed_hyperparameters(
 
 
 def _check_trainer(
-    trainer_class: type, plans: dict[str, Any], configuration: str, fold: int | str, dataset_folder: Path
+    trainer_class: type,
+    plans: dict[str, Any],
+    configuration: str,
+    fold: int | str,
+    dataset_folder: Path,
+    number: int,
 ) -> None:
-    """Let the method refuse the run before processes are started, where a refusal would be a traceback."""
-    if "lgssl" in plans:
-        if not trainer_class.supports_several_gpus:
-            raise UsageError(f"{trainer_class.__name__} trains on one GPU only: leave out -num_gpus.")
-        dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
-        trainer_class.check_request(plans, configuration, fold, dataset_json)
+    """Let the method refuse the run once, before the processes are started."""
+    _refuse_stock_trainer(trainer_class)
+    dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+    trainer_class.check_request(plans, configuration, fold, dataset_json)
+    trainer_class.check_processes(plans, configuration, number)
+
+
+def _refuse_stock_trainer(trainer_class: type) -> None:
+    if trainer_class.__name__ not in trainer_names():
+        raise UsageError(
+            f"{trainer_class.__name__} is nnU-Net's own: train it on several GPUs with nnUNetv2_train -num_gpus."
+        )
+
+
+@contextmanager
+def _one_of_several(trainer_class: type, device: str | torch.device | None) -> Iterator[torch.device]:
+    """Within the block, this process shares the training with those that were started along with it, if any were."""
+    from lgssl_nnunet.engine.distributed import is_launched, process_group
+    from lgssl_nnunet.inference.device import choose_device
+
+    if is_launched():
+        _refuse_stock_trainer(trainer_class)
+    with process_group(choose_device(device)) as own_device:
+        yield own_device
 
 
 def _write_plans(dataset_folder: Path, plans: dict[str, Any], base_plans: dict[str, Any]) -> None:
@@ -407,21 +430,18 @@ def _build(
     fold: int | str,
     dataset_folder: Path,
     continue_training: bool,
-    device: str | torch.device | None,
+    device: torch.device,
 ) -> SemiSupervisedTrainer:
-    from lgssl_nnunet.inference.device import choose_device
-
-    chosen = choose_device(device)
-    if chosen.type == "cuda":
+    if device.type == "cuda":
         import torch
 
         # As nnU-Net's own command: patches have one size, for which the fastest algorithm is found once.
         torch.backends.cudnn.benchmark = True
-        torch.cuda.set_device(chosen)
+        torch.cuda.set_device(device)
     dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
     # nnU-Net takes this entry out of the plans that it is given.
     plans = {**plans, "continue_training": continue_training}
-    return trainer_class(plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=chosen)
+    return trainer_class(plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device)
 
 
 def _algorithms(deterministic: bool) -> AbstractContextManager[None]:
@@ -510,40 +530,3 @@ def _validate(
     if validate_best:
         _load_checkpoint(run, Path(run.output_folder) / "checkpoint_best.pth")
     run.perform_actual_validation(export_probabilities)
-
-
-def _train_distributed(
-    dataset: str,
-    configuration: str,
-    fold: int | str,
-    trainer: str,
-    plans: str,
-    pretrained_weights: Path | str | None,
-    num_gpus: int,
-    export_probabilities: bool,
-    continue_training: bool,
-    only_validate: bool,
-    disable_checkpointing: bool,
-    validate_best: bool,
-) -> None:
-    """Hand over to nnU-Net's launcher, whose processes find our trainers through the plug-in folder."""
-    import torch
-    from nnunetv2.run.run_training import run_training
-
-    if trainer in trainer_names():
-        os.environ["nnUNet_extTrainer"] = str(PLUGIN_FOLDER)
-    run_training(
-        dataset,
-        configuration,
-        fold,
-        trainer,
-        plans,
-        str(pretrained_weights) if pretrained_weights else None,
-        num_gpus,
-        export_probabilities,
-        continue_training,
-        only_validate,
-        disable_checkpointing,
-        validate_best,
-        torch.device("cuda"),
-    )

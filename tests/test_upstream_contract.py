@@ -123,7 +123,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     # Commands of nnU-Net that ours mirror or hand over to, and how they find our trainers.
     "nnunetv2/run/run_training.py: get_trainer_from_args": (f"{TRAINING}: _build",),
     "nnunetv2/run/run_training.py: maybe_load_checkpoint": (f"{TRAINING}: _load_weights",),
-    "nnunetv2/run/run_training.py: run_training": (f"{TRAINING}: _train_distributed",),
+    "nnunetv2/run/run_training.py: find_free_network_port": ("lgssl_nnunet/engine/launching.py: launch",),
     "nnunetv2/run/load_pretrained_weights.py: load_pretrained_weights": (
         "lgssl_nnunet/engine/pretrained.py: load_pretrained",
     ),

@@ -27,7 +27,7 @@ from lgssl_nnunet.data.batches import SeededBatches, next_batch, start_workers, 
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
 from lgssl_nnunet.dataset_conversion.twins import without_twins
-from lgssl_nnunet.engine import hyperparameters
+from lgssl_nnunet.engine import distributed, hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
 from lgssl_nnunet.engine.checkpoints import read_checkpoint, write_checkpoint
@@ -80,7 +80,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             that does not use unlabelled cases.
         pairs_batches: whether the method needs as many unlabelled as labelled patches in a step.
         memory_factor: memory of a step relative to LGSSLTrainer's, for which the planner sizes patch and batch.
-        supports_several_gpus: whether several processes can train it together; if not, they are refused.
+        supports_several_gpus: whether several processes that share each batch train the same weights as one process
+            (tests/training/test_distributed.py compares them); if not, they are refused.
         supports_regions: whether the method trains region-based labels; if not, they are refused.
         supports_sparse_annotation: whether the method trains on two propagated slices per case; if not, they are
             refused.
@@ -90,7 +91,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     views: ClassVar[tuple[str, ...]] = ("weak",)
     pairs_batches: ClassVar[bool] = False
     memory_factor: ClassVar[float] = 1.0
-    supports_several_gpus: ClassVar[bool] = True
+    supports_several_gpus: ClassVar[bool] = False
     supports_regions: ClassVar[bool] = True
     supports_sparse_annotation: ClassVar[bool] = False
 
@@ -111,8 +112,9 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.hp = hyperparameters.resolve(self.hyperparameters, plans, type(self).__name__)
         self.check_request(plans, configuration, fold, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if not self.is_ddp:
-            self.device = device  # nnU-Net replaces every GPU by the first one
+        self.device = device  # nnU-Net replaces every GPU by the one of the process's number, 0 for a single process
+        if device.type != "cuda":
+            self.grad_scaler = None  # of several processes nnU-Net expects GPUs
         self.settings = plans["lgssl"]
         self.seed = training_seed(plans)
         self._read_schedule(self.settings["schedule"])
@@ -188,12 +190,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             network: a network in training mode, and left in it.
             trained: whether the optimiser of the prediction network steps it too. Its gradients are clipped by
                 themselves, so that neither network shortens the step of the other.
-
-        Raises:
-            UsageError: several processes train; nothing would average the gradients of this network.
         """
-        if self.is_ddp:
-            raise UsageError(f"{type(self).__name__} trains several networks and works on one GPU only: use one.")
         move_network(network, self.device, self.num_dimensions)
         if trained:
             self.optimizer.add_param_group({"params": [p for p in network.parameters() if p.requires_grad]})
@@ -304,6 +301,22 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             )
         if cls.pairs_batches:
             cls.check_pairs(plans, configuration)
+        if distributed.num_processes() > 1:
+            cls.check_processes(plans, configuration, distributed.num_processes())
+
+    @classmethod
+    def check_processes(cls, plans: dict[str, Any], configuration: str, number: int) -> None:
+        """Refuse to train in `number` processes what they would not train as one process does."""
+        if not cls.supports_several_gpus:
+            raise UsageError(f"{cls.__name__} trains in one process only: start it without -num_gpus and torchrun.")
+        planned = PlansManager(plans).get_configuration(configuration).batch_size
+        asked = plans["lgssl"].get("training", {}).get("unlabeled_batch_size")
+        for kind, size in (("labelled", planned), ("unlabelled", asked or planned)):
+            if size % number:
+                raise UsageError(
+                    f"{number} processes cannot share a batch of {size} {kind} patches equally: start "
+                    f"{_or([n for n in range(1, size + 1) if size % n == 0])}."
+                )
 
     @classmethod
     def check_pairs(cls, plans: dict[str, Any], configuration: str) -> None:
@@ -319,10 +332,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build network, optimiser, loss and teacher, under the training seed."""
         seed_everything(derive_seed(self.seed, _INITIALISATION))
-        super().initialize()
-        # Of several processes each has its share of the planned number.
-        if self.unlabeled_batch_size in (None, self.configuration_manager.batch_size):
-            self.unlabeled_batch_size = self.batch_size
+        with self._as_a_single_process():
+            super().initialize()
+        if self.is_ddp:
+            self._set_batch_size_and_oversample()
+            finest_loss = self.loss.loss if self.enable_deep_supervision else self.loss
+            finest_loss.dc.ddp = True
+        unlabeled = self.unlabeled_batch_size or self.configuration_manager.batch_size
+        self.unlabeled_batch_size = unlabeled // distributed.num_processes()
         self.num_dimensions = len(self.configuration_manager.patch_size)
         move_network(self.plain_network, self.device, self.num_dimensions)
         strides = self.configuration_manager.network_arch_init_kwargs["strides"]
@@ -332,11 +349,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if hasattr(self.hp, "teacher_decay"):
             self.teacher = EMATeacher(self.plain_network, self.hp.teacher_decay)
         self.set_up()
+        modules = (self.plain_network, *(part for part in self.parts.values() if isinstance(part, nn.Module)))
+        distributed.copy_from_first([*modules, *([self.teacher.averaged] if self.teacher is not None else [])])
         if self.memory_factor > 1:
             self.print_to_log_file(
                 f"A step of {type(self).__name__} needs about {self.memory_factor:.1f} times the memory that the plans "
                 "were sized for; plan with a smaller -gpu_memory_target if it does not fit."
             )
+
+    @contextmanager
+    def _as_a_single_process(self) -> Iterator[None]:
+        """Keep nnU-Net from wrapping the network for several GPUs, or from looking for it in the wrapper.
+
+        The gradients are averaged by `average_gradients`.
+        """
+        several, self.is_ddp = self.is_ddp, False
+        try:
+            yield
+        finally:
+            self.is_ddp = several
 
     def autocast(self) -> AbstractContextManager:
         """Return the context in which a training step computes."""
@@ -344,9 +375,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     @property
     def plain_network(self) -> nn.Module:
-        """The network without the wrappers of distributed training and compilation."""
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        """The network without the wrapper of compilation."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return optimiser and learning-rate schedule of the plans: nnU-Net's SGD, or AdamW with cosine decay."""
@@ -366,7 +396,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if hasattr(network, "set_deep_supervision"):
             network.set_deep_supervision(enabled)
         else:
-            super().set_deep_supervision_enabled(enabled)
+            network.decoder.deep_supervision = enabled
 
     # ------------------------------------------------------------------ data
 
@@ -520,6 +550,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             output = self.train_step(self._next(self.dataloader_train))
             if np.isfinite(output["loss"]):
                 self._step_outputs.append(output)
+        self._step_outputs = distributed.mean_rows(self._step_outputs)
         self.on_train_epoch_end(self._step_outputs or [{"loss": np.nan}])
         with torch.no_grad():
             self.on_validation_epoch_start()
@@ -534,11 +565,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         try:
             return next_batch(batches)
         except TrainingError:
-            self._stop_if_asked()  # a signal to the whole group ended the data workers too
+            if not self.is_ddp:  # others do not know of it, and could not agree
+                self._stop_if_asked()  # a signal to the whole group ended the data workers too
             raise
 
     def _stop_if_asked(self) -> None:
-        reason = self.stop.reason
+        reason = distributed.said_by_any(self.stop.reason)
         if reason is None:
             return
         file = Path(self.output_folder) / "checkpoint_latest.pth"
@@ -548,9 +580,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         stopped = TrainingStopped(
             f"Training stopped because of {reason} after {self.iteration} of {self.num_iterations} iterations; {how}."
         )
-        if self.stop.by_file:
+        if self.stop.is_file(reason):
             self.stop.file.unlink(missing_ok=True)  # or the continued run would stop at once
             stopped.exit_code = 0
+        distributed.wait_for_all()  # who leaves before everything is saved takes the others along
         raise stopped
 
     def _close_data(self) -> None:
@@ -627,7 +660,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             terms = self.loss_terms(labeled, unlabeled)
-        loss = self.total(terms)
+        with distributed.failing_together(NonFiniteError, NonFiniteError.elsewhere):
+            loss = self.total(terms)
         self._optimize(loss)
         if self.teacher is not None:
             self.teacher.update(self.plain_network)
@@ -676,12 +710,14 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         scaler = self.grad_scaler
         if scaler is not None:
             scaler.scale(loss).backward()
+            distributed.average_gradients(self.optimizer)
             scaler.unscale_(self.optimizer)
             clip_gradients(self.optimizer)
             scaler.step(self.optimizer)
             scaler.update()
             return
         loss.backward()
+        distributed.average_gradients(self.optimizer)
         norm = clip_gradients(self.optimizer)
         if not bool(torch.isfinite(norm)):
             raise NonFiniteError("the norm of the gradient, although the loss is finite,", float(norm))
@@ -711,11 +747,16 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if self._progress_bar is not None:
             self._progress_bar.close()
         super().on_train_end()
+        distributed.wait_for_all()  # what follows reads what one process wrote
 
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint, whole or not at all, with the state of the method under its own key."""
+        """Write nnU-Net's checkpoint, whole or not at all, with the state of the method under its own key.
+
+        Of several processes all have to call it, and one writes.
+        """
+        self._step_outputs = distributed.mean_rows(self._step_outputs)
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -743,7 +784,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         """Restore everything that `save_checkpoint` wrote."""
         # First, because nnU-Net's method runs whatever the file asks for.
         state = read_checkpoint(Path(filename_or_checkpoint), device=self.device).get("lgssl")
-        super().load_checkpoint(filename_or_checkpoint)
+        if not self.was_initialized:
+            self.initialize()
+        with self._as_a_single_process():
+            super().load_checkpoint(filename_or_checkpoint)
         if state is None:
             raise CheckpointError(f"{filename_or_checkpoint} was not written by {type(self).__name__}.")
         for name, part in self._stateful_parts().items():
@@ -759,3 +803,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     def _stateful_parts(self) -> dict[str, Any]:
         teacher = {"teacher": self.teacher} if self.teacher is not None else {}
         return self.parts | teacher | {"non_finite": self.non_finite}
+
+
+def _or(numbers: list[int]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, numbers[:-1])), str(numbers[-1]))))

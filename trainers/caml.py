@@ -81,7 +81,6 @@ class CAMLTrainer(SemiSupervisedTrainer):
 
     hyperparameters = CAMLHyperparameters()
     views = ("strong",)
-    supports_several_gpus = False
     supports_regions = False
     memory_factor = 1.3  # two networks of one decoder, and attention, against one encoder with two decoders
 

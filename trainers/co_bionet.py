@@ -65,7 +65,6 @@ class CoBioNetTrainer(SemiSupervisedTrainer):
 
     hyperparameters = CoBioNetHyperparameters()
     views = ("strong",)
-    supports_several_gpus = False
     # Two networks of one decoder against one encoder with two decoders, and the critics.
     memory_factor = 1.2
 

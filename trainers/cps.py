@@ -38,7 +38,7 @@ class CPSTrainer(SemiSupervisedTrainer):
 
     hyperparameters = CPSHyperparameters()
     views = ("strong",)
-    supports_several_gpus = False
+    supports_several_gpus = True
     # Two networks of one decoder against one encoder with two decoders.
     memory_factor = 1.2
 

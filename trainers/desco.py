@@ -65,7 +65,6 @@ class DeSCOTrainer(SemiSupervisedTrainer):
 
     hyperparameters = DeSCOHyperparameters()
     views = ("strong",)
-    supports_several_gpus = False
     supports_sparse_annotation = True
     # Two networks of one decoder, each with half of the patches, against one encoder with two decoders.
     memory_factor = 0.6

@@ -83,6 +83,7 @@ class LGSSLTrainer(SemiSupervisedTrainer):
 
     hyperparameters = LGSSLHyperparameters()
     views = ("strong",)
+    supports_several_gpus = True
     pairs_batches = True
 
     @classmethod
@@ -146,5 +147,4 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         return terms
 
     def _split(self, outputs: Tensor | list[Tensor], num_labeled: int) -> tuple[Tensor, Tensor]:
-        p = self.probabilities(outputs)
-        return p[:num_labeled], p[num_labeled:]
+        return self.probabilities(outputs).tensor_split([num_labeled])

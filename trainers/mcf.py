@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, distributed
+from torch import Tensor
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
 from lgssl_nnunet.engine.hyperparameters import check_ranges
@@ -51,6 +51,7 @@ class MCFTrainer(SemiSupervisedTrainer):
 
     hyperparameters = MCFHyperparameters()
     views = ("strong",)
+    supports_several_gpus = True
     # On labelled patches both networks with gradient, on unlabelled ones one of them.
     memory_factor = 1.1
 
@@ -97,10 +98,7 @@ class MCFTrainer(SemiSupervisedTrainer):
     @torch.no_grad()
     def _first_is_better(self, p1: Tensor, p2: Tensor, label: Tensor, annotated: Tensor) -> bool:
         losses = [dice_of_present_classes(p, label, annotated, self.label_manager.has_regions) for p in (p1, p2)]
-        lead = losses[1] - losses[0]
-        if self.is_ddp:
-            distributed.all_reduce(lead)  # all processes must train the same network
-        return bool(lead > 0)
+        return bool(losses[1] > losses[0])
 
     def _learn_from(self, better: str, worse: str, image: Tensor) -> Tensor:
         with torch.no_grad():

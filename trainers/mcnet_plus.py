@@ -58,6 +58,7 @@ class MCNetPlusTrainer(SemiSupervisedTrainer):
 
     hyperparameters = MCNetPlusHyperparameters()
     views = ("strong",)
+    supports_several_gpus = True
     # Three decoders against two.
     memory_factor = 1.4
 

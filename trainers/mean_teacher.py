@@ -41,6 +41,7 @@ class MeanTeacherTrainer(SemiSupervisedTrainer):
 
     hyperparameters = MeanTeacherHyperparameters()
     views = ("weak", "strong")
+    supports_several_gpus = True
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch) -> dict[str, Term]:
         """Return the supervised loss and the squared difference to the teacher."""

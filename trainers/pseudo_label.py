@@ -67,7 +67,6 @@ class PseudoLabelTrainer(SemiSupervisedTrainer):
 
     hyperparameters = PseudoLabelHyperparameters()
     views = ("strong",)
-    supports_several_gpus = False
     # Twice the patches of SupervisedTrainer.
     memory_factor = 0.6
 
@@ -106,8 +105,6 @@ class PseudoLabelTrainer(SemiSupervisedTrainer):
 
     def on_train_start(self) -> None:
         """Label the unlabelled cases as far as they are not, then start."""
-        if self.is_ddp:
-            raise UsageError(f"{type(self).__name__} labels cases before it trains and works on one GPU only: use one.")
         results, plans = Path(self.output_folder_base).parent, self.plans_manager.plans
         models = self._sources(results, plans, self.configuration_name, self.fold)
         source = settle_source(self.label_folder, models, self.fold)

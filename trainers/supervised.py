@@ -13,6 +13,7 @@ class SupervisedTrainer(SemiSupervisedTrainer):
     """
 
     views = ()
+    supports_several_gpus = True
     # One decoder and no unlabelled patches, of a step that the planner sized for two of each.
     memory_factor = 0.3
 

@@ -58,6 +58,7 @@ class TACTrainer(SemiSupervisedTrainer):
 
     hyperparameters = TACHyperparameters()
     views = ("strong",)
+    supports_several_gpus = True
 
     @classmethod
     def check_request(cls, plans: dict, configuration: str, fold: int | str, dataset_json: dict) -> None:

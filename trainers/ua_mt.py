@@ -56,6 +56,7 @@ class UAMTTrainer(SemiSupervisedTrainer):
 
     hyperparameters = UAMTHyperparameters()
     views = ("weak", "strong")
+    supports_several_gpus = True
 
     @staticmethod
     def adapt_network(network: nn.Module, hp: UAMTHyperparameters) -> nn.Module:

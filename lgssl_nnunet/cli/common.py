@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lgssl_nnunet.console import start_console_logging
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import use_data_folders
 
@@ -30,22 +31,6 @@ _SYSTEM_REFUSALS = {
 """What a user can do about an error of the operating system that has nothing to do with this program."""
 
 _FOLDER_FLAGS = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
-
-
-class _ConsoleHandler(logging.StreamHandler):
-    """Console handler that always writes to the current stderr; there is at most one of it."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
-        self.setFormatter(_LevelFormatter("%(message)s"))
-
-
-class _LevelFormatter(logging.Formatter):
-    """Plain lines for information; warnings and errors carry their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if record.levelno < logging.WARNING else f"{record.levelname}: {text}"
 
 
 def command_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -154,15 +139,6 @@ def apply_common_arguments(arguments: argparse.Namespace) -> None:
             os.environ[variable] = str(Path(folder).expanduser().resolve())
 
 
-def start_console_logging(debug: bool = False) -> None:
-    """Send the package's messages to stderr: information and above, with `debug` everything."""
-    package = logging.getLogger("lgssl_nnunet")
-    for handler in [h for h in package.handlers if isinstance(h, _ConsoleHandler)]:
-        package.removeHandler(handler)
-    package.addHandler(_ConsoleHandler())
-    package.setLevel(logging.DEBUG if debug else logging.INFO)
-
-
 def run_command(
     function: Callable[[], int | None],
     arguments: argparse.Namespace | None = None,
@@ -182,10 +158,7 @@ def run_command(
         interrupted. Other exceptions are bugs and pass through.
     """
     debug = bool(getattr(arguments, "debug", False))
-    start_console_logging(debug)
-    package = logging.getLogger("lgssl_nnunet")
-    # batchgenerators configures the root logger, which would print every message a second time.
-    package.propagate = False
+    start_console_logging(logging.DEBUG if debug else logging.INFO)
     try:
         if arguments is not None:
             apply_common_arguments(arguments)
@@ -203,7 +176,7 @@ def run_command(
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     finally:
-        package.propagate = True
+        logging.getLogger("lgssl_nnunet").propagate = True
 
 
 def _sentence(error: LGSSLError | OSError) -> str:

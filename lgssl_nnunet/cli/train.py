@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -57,7 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         "for: only if you trust its source like a program's",
     )
     parser.add_argument("-pretrained_weights", default=None, help="checkpoint file whose weights start the training")
-    parser.add_argument("-num_gpus", type=int, default=1, help="number of GPUs (default 1)")
+    parser.add_argument(
+        "-num_gpus",
+        type=int,
+        default=1,
+        help="number of GPUs of this machine, or with -device cpu of processes (default 1); for several machines see "
+        "docs/distributed_training.md",
+    )
     parser.add_argument("--npz", action="store_true", help="save the final validation's probabilities as .npz")
     parser.add_argument("--c", action="store_true", help="continue from the newest checkpoint of this run")
     parser.add_argument("--val", action="store_true", help="only run the final validation of a finished training")
@@ -134,7 +141,8 @@ def _run(args: argparse.Namespace) -> None:
         export_probabilities=args.npz,
         disable_checkpointing=args.disable_checkpointing,
         num_gpus=args.num_gpus,
-        device=choose_device(args.device),
+        # The processes that -num_gpus starts choose theirs, and their numbers of threads.
+        device=choose_device(args.device) if args.num_gpus == 1 else args.device,
         progress=False if args.no_pbar else None,
     )
     print(f"Model: {folder}")
@@ -146,7 +154,9 @@ def _run_or_stop(args: argparse.Namespace, words: Sequence[str]) -> int:
         _run(args)
     except TrainingStopped as stopped:
         logger.warning("%s", stopped)
-        if not args.disable_checkpointing:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            logger.warning("To go on: the same torchrun command%s", "" if args.c else " with --c")
+        elif not args.disable_checkpointing:
             logger.warning("To go on: lgssl_train %s", shlex.join([*words, *([] if args.c else ["--c"])]))
         return stopped.exit_code
     return 0
@@ -157,3 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(words)
     return run_command(lambda: _run_or_stop(args, words), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

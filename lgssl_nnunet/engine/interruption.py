@@ -7,17 +7,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lgssl_nnunet.engine.distributed import is_launched
+
 STOP_FILE = "STOP"
 # What a terminal, a cluster that wants its node back, and a cluster that warns before its time limit send.
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopRequest:
     """Remembers that the run is to end, so that the loop can end after the step that it is in.
 
     As a context manager it takes the signals over and gives them back. A second Ctrl-C has its usual effect, to
-    interrupt at once; what clusters may send twice stays remembered. Outside the main thread signals cannot be taken
-    over and only the file counts.
+    interrupt at once; what clusters may send twice stays remembered, and so does Ctrl-C in one of several processes,
+    which gets it from the terminal and from its launcher. Outside the main thread signals cannot be taken over and only
+    the file counts.
 
     Args:
         folder: the fold folder, in which a file named STOP ends the run.
@@ -30,7 +33,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         try:
-            for kind in _SIGNALS:
+            for kind in SIGNALS:
                 self._before[kind] = signal.signal(kind, self._remember)
         except ValueError:  # not the main thread
             self._before.clear()
@@ -43,15 +46,18 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
         self.received = kind.name
-        if kind is signal.SIGINT:
+        if kind is signal.SIGINT and not is_launched():
             signal.signal(kind, self._before.pop(kind))
-
-    @property
-    def by_file(self) -> bool:
-        """Whether it is the file that asks for the end, not a signal."""
-        return self.received is None and self.file.exists()
 
     @property
     def reason(self) -> str | None:
         """What asks for the end, None if nothing does."""
-        return self.received or (f"the file {self.file}" if self.by_file else None)
+        return self.received or (self._file_in_words if self.file.exists() else None)
+
+    def is_file(self, reason: str) -> bool:
+        """Whether a reason, of this process or another, is the file and not a signal."""
+        return reason == self._file_in_words
+
+    @property
+    def _file_in_words(self) -> str:
+        return f"the file {self.file}"

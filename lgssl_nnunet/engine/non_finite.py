@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from lgssl_nnunet.errors import TrainingError
 
@@ -21,6 +22,11 @@ class NonFiniteError(TrainingError):
 
     def __init__(self, what: str, value: float) -> None:
         super().__init__(f"{what} became {value}")
+
+    @classmethod
+    def elsewhere(cls) -> NonFiniteError:
+        """Return what a process raises that has nothing to complain of itself."""
+        return cls("a loss term of another process", math.nan)
 
 
 class NonFiniteGuard:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
+from lgssl_nnunet.engine.distributed import num_processes, total
 from lgssl_nnunet.losses.pseudo_labels import sharpened
 
 
@@ -33,7 +34,8 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
         mask: 0/1 or weights that broadcast against `values`, e.g. `(B, 1, X, Y, Z)`; None selects everything.
 
     Returns:
-        `sum(mask * values) / max(sum(mask), 1)`, the mask counted once per entry of `values`.
+        `sum(mask * values) / max(sum(mask), 1)`, the mask counted once per entry of `values`. Of several processes each
+        divides by the mean of their masks' sums: the mean of what they return is that of the whole batch.
 
     Source: methods.md 1.4, R12.
     """
@@ -43,7 +45,7 @@ def masked_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch
     mask = mask.to(values.dtype).expand_as(values)
     # `where` and not a product, so that a non-finite value outside the mask does not turn the mean into NaN.
     selected = torch.where(mask != 0, values, torch.zeros_like(values))
-    return (mask * selected).sum() / mask.sum().clamp(min=1)
+    return (mask * selected).sum() * num_processes() / total(mask.sum()).clamp(min=1)
 
 
 def agreement(q1: torch.Tensor, q2: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

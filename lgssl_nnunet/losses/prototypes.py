@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lgssl_nnunet.engine.distributed import total
 from lgssl_nnunet.losses.consistency import masked_mean
 
 RESIZING = {"nearest": "nearest-exact", "area": "area"}
@@ -57,7 +58,7 @@ def class_prototypes(feature: Tensor, mask: Tensor, denominator: str, min_voxels
         mask: (B, C, *S) in [0, 1].
         denominator: "sample": the mean of the feature over the class in each sample, averaged over the samples that
             have it. "batch", as published: the sum over the class in each sample, divided by the size of the class in
-            the whole batch; the samples stay apart.
+            the whole batch; the samples stay apart. Either counts the samples of all processes.
         min_voxels: a sample has a class if its mask adds up to as much.
 
     Returns:
@@ -68,10 +69,10 @@ def class_prototypes(feature: Tensor, mask: Tensor, denominator: str, min_voxels
     sizes = mask.sum(dim=2, keepdim=True)
     present = sizes >= min_voxels
     if denominator == "batch":
-        return sums / sizes.sum(dim=0, keepdim=True).clamp(min=_SMALLEST), present[..., 0]
+        return sums / total(sizes.sum(dim=0, keepdim=True)).clamp(min=_SMALLEST), present[..., 0]
     means = present * sums / sizes.clamp(min=_SMALLEST)
-    samples = present.sum(dim=0, keepdim=True)
-    return means.sum(dim=0, keepdim=True) / samples.clamp(min=1), samples[..., 0] > 0
+    samples = total(present.sum(dim=0, keepdim=True))
+    return total(means.sum(dim=0, keepdim=True)) / samples.clamp(min=1), samples[..., 0] > 0
 
 
 def _resized(mask: Tensor, shape: torch.Size, resize: str) -> Tensor:

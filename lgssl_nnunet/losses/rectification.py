@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from lgssl_nnunet.engine.distributed import total
 from lgssl_nnunet.losses.consistency import masked_mean
 
 _SMOOTH = 1e-5
@@ -42,7 +44,8 @@ def rectification(p: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 def dice_of_present_classes(p: Tensor, target: Tensor, annotated: Tensor, has_regions: bool) -> Tensor:
     """Return the squared-form Dice loss over the batch, averaged over the foreground channels that occur in it.
 
-    A channel without a labelled voxel says nothing about which of two networks is better. 0 if all are like that.
+    A channel without a labelled voxel says nothing about which of two networks is better. 0 if all are like that. The
+    batch is that of all processes, which so come to the same verdict.
 
     Source: the judge of MCF (2023); methods.md section 5.
 
@@ -55,6 +58,6 @@ def dice_of_present_classes(p: Tensor, target: Tensor, annotated: Tensor, has_re
     first = 0 if has_regions else 1
     p, target = p[:, first:].float() * annotated, target[:, first:] * annotated
     axes = (0, *range(2, p.ndim))
-    overlap, volume = (p * target).sum(axes), target.sum(axes)
-    loss = 1 - (2 * overlap + _SMOOTH) / (p.square().sum(axes) + volume + _SMOOTH)
+    overlap, volume, size = total(torch.stack([x.sum(axes) for x in (p * target, target, p.square())]))
+    loss = 1 - (2 * overlap + _SMOOTH) / (size + volume + _SMOOTH)
     return masked_mean(loss, volume > 0)

@@ -185,16 +185,6 @@ def test_defaults_are_the_published_numbers(trainer, next_batches, terms_of):
     }
 
 
-def test_all_processes_train_the_same_network(trainer, next_batches, judged, monkeypatch):
-    labeled, _ = next_batches(trainer)
-    maps = trainer.one_hot(labeled.target), trainer.annotated(labeled.target)
-    judged(0.3, 0.4)
-    trainer.is_ddp = True
-    # Another process found the second network to be better, by more.
-    monkeypatch.setattr(mcf.distributed, "all_reduce", lambda lead: lead.sub_(0.2))
-    assert not trainer._first_is_better(None, None, *maps)
-
-
 def test_the_gradient_of_one_network_is_clipped_without_the_other(trainer):
     first, second = (next(net.parameters()) for net in (trainer.network.first, trainer.network.second))
     trainer.optimizer.zero_grad(set_to_none=True)

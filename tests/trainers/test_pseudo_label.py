@@ -318,15 +318,6 @@ def test_fold_k_labels_with_its_own_model_and_leaves_twins_of_validation_cases_o
     assert json.loads((trainer.label_folder / "source.json").read_text())["fold"] == "1"
 
 
-def test_several_gpus_are_refused_before_anything_is_written(source, build_trainer, tmp_path):
-    source()
-    trainer = build_trainer(NAME, results=tmp_path)
-    trainer.is_ddp = True
-    with pytest.raises(UsageError, match="works on one GPU only"):
-        trainer.on_train_start()
-    assert not trainer.label_folder.exists()
-
-
 # ------------------------------------------------------------------------------------------------------- the training
 
 

@@ -6,8 +6,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
+from lgssl_nnunet.training import train
 
 
 def test_a_configuration_that_is_planned_but_not_preprocessed_is_refused(dataset, train_tiny):
@@ -50,18 +52,23 @@ def test_a_finished_run_is_not_written_again(train_tiny):
     assert checkpoint.stat().st_mtime_ns == before
 
 
-def test_several_gpus_that_are_not_there_are_refused(train_tiny):
-    with pytest.raises(UsageError, match="-num_gpus 9: torch sees"):
-        train_tiny(num_gpus=9)
+def test_several_gpus_that_are_not_there_are_refused(dataset, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(UsageError, match="-num_gpus 9: torch sees 2"):
+        train(901, num_gpus=9)
+    with pytest.raises(UsageError, match=r"9 processes on this machine, and torch sees 2"):
+        train(901, num_gpus=9, device=torch.device("cuda"))
+    with pytest.raises(UsageError, match="cuda:1 names one GPU"):
+        train(901, num_gpus=2, device=torch.device("cuda:1"))
 
 
 def test_the_method_refuses_before_several_processes_start(train_tiny, monkeypatch):
-    monkeypatch.setattr("lgssl_nnunet.training._check_number_of_gpus", lambda number: None)
-    monkeypatch.setattr("lgssl_nnunet.training._train_distributed", lambda *arguments: pytest.fail("it was started"))
+    monkeypatch.setattr("lgssl_nnunet.engine.launching.launch", lambda *arguments: pytest.fail("it was started"))
     with pytest.raises(UsageError, match="pairs every labelled"):
         train_tiny(trainer="LGSSLTrainer", num_gpus=2, unlabeled_batch_size=5)
-    with pytest.raises(UsageError, match="CPSTrainer trains on one GPU only"):
-        train_tiny(trainer="CPSTrainer", num_gpus=2)
+    with pytest.raises(UsageError, match="BCPTrainer trains in one process only"):
+        train_tiny(trainer="BCPTrainer", num_gpus=2)
 
 
 def test_cases_that_are_not_preprocessed_are_named(train_tiny, dataset):
@@ -85,7 +92,6 @@ def test_nor_does_a_run_on_several_gpus(train_tiny, monkeypatch):
     plans = json.loads((model / "plans.json").read_text())
     plans["lgssl"]["split"]["labeled"].pop()
     (model / "plans.json").write_text(json.dumps(plans))
-    monkeypatch.setattr("lgssl_nnunet.training._train_distributed", lambda *arguments: pytest.fail("it was started"))
-    monkeypatch.setattr("lgssl_nnunet.training._check_number_of_gpus", lambda number: None)
+    monkeypatch.setattr("lgssl_nnunet.engine.launching.launch", lambda *arguments: pytest.fail("it was started"))
     with pytest.raises(CheckpointError, match="planned anew since these folds"):
         train_tiny(continue_training=True, num_gpus=2)
