@@ -62,8 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-num_gpus",
         type=int,
         default=1,
-        help="number of GPUs of this machine, or with -device cpu of processes (default 1); for several machines see "
-        "docs/distributed_training.md",
+        help="number of GPUs of this machine, or with -device cpu of processes (default 1)",
     )
     parser.add_argument("--npz", action="store_true", help="save the final validation's probabilities as .npz")
     parser.add_argument("--c", action="store_true", help="continue from the newest checkpoint of this run")
