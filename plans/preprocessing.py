@@ -139,7 +139,7 @@ def preprocess_configuration(
     _prepare_folders(folders, dataset)
     write_json(done, folders.manifest)
     logger.info("%s: %d cases to preprocess, %d unchanged.", configuration, len(todo), len(done))
-    steps = _Steps.of(plans, configuration, dataset.dataset_json, verbose)
+    steps = CaseSteps.of(plans, configuration, dataset.dataset_json, verbose)
     tasks = {name: (case, folders, steps) for name, case in todo.items()}
     failures: dict[str, CaseFailure] = {}
     last_written = time.monotonic()
@@ -171,7 +171,7 @@ def preprocess_configuration(
 
 
 @dataclass(frozen=True)
-class _Steps:
+class CaseSteps:
     """What is done with every case of a configuration.
 
     Attributes:
@@ -187,7 +187,7 @@ class _Steps:
     verbose: bool
 
     @classmethod
-    def of(cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], verbose: bool) -> _Steps:
+    def of(cls, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], verbose: bool) -> CaseSteps:
         """Read the plans, which imports torch: workers are spared that."""
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -198,7 +198,7 @@ class _Steps:
         return cls(recipe, tuple(configuration_manager.patch_size), stock, verbose)
 
 
-def preprocess_case(case: Case, folders: CaseFolders, steps: _Steps) -> dict[str, dict[str, Any]]:
+def preprocess_case(case: Case, folders: CaseFolders, steps: CaseSteps) -> dict[str, dict[str, Any]]:
     """Preprocess one case into temporary files, move them to their place and return their records by name."""
     targets = folders.files(case.identifier, case.label is not None)
     temporary = {folders.unfinished / target.name: target for target in targets}
@@ -218,7 +218,7 @@ def preprocess_case(case: Case, folders: CaseFolders, steps: _Steps) -> dict[str
     return {target.name: file_record(target) for target in targets}
 
 
-def _preprocess_as_planned(case: Case, steps: _Steps) -> PreprocessedCase:
+def _preprocess_as_planned(case: Case, steps: CaseSteps) -> PreprocessedCase:
     """Preprocess one case with the preprocessor class that the plans name."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 

@@ -16,9 +16,10 @@ KINDS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 @pytest.fixture(autouse=True)
 def handlers():
     """The handlers of the test run, put back whatever happens."""
-    before = {kind: signal.getsignal(kind) for kind in KINDS}
-    yield before
-    for kind, handler in before.items():
+    found = {kind: signal.getsignal(kind) for kind in KINDS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which test processes may have switched off
+    yield {kind: signal.getsignal(kind) for kind in KINDS}
+    for kind, handler in found.items():
         signal.signal(kind, handler)
 
 

@@ -139,7 +139,6 @@ def test_a_fold_of_too_few_labeled_cases_is_refused(dataset, train_tiny):
         ({"continue_training": True, "only_validate": True}, "--c continues .* give one"),
         ({"continue_training": True, "pretrained_weights": "x.pth"}, "exclude each other"),
         ({"validate_best": True, "disable_checkpointing": True}, "--val_best needs the checkpoint"),
-        ({"pretrained_weights": "x.pth", "num_gpus": 2}, "one GPU only"),
         ({"pretrained_weights": "nowhere.pth"}, "does not exist: nowhere.pth"),
     ],
 )
