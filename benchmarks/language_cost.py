@@ -13,16 +13,13 @@ nnUNet_results.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
-from step_cost import Subject, prepare, ratio, seconds_of
+from step_cost import Subject, argument_parser, parse, prepare, ratio, seconds_of
 
 from lgssl_nnunet.files import environment
-from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.predictor import VIEWS_AT_ONCE
 
 WITHOUT = "LGSSLTrainer:prompt_mode=none"
@@ -65,17 +62,9 @@ def measure(subjects: list[Subject], args: argparse.Namespace) -> dict[str, list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="dataset id in nnUNet_preprocessed")
-    parser.add_argument("--plans", required=True)
-    parser.add_argument("--configuration", default="3d_fullres")
+    parser = argument_parser(__doc__, rounds=7)
     parser.add_argument("--trainers", nargs="+", default=FORMS, metavar="TRAINER[:name=value,...]")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per form and round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("-device", default=None)
-    args = parser.parse_args()
-    args.folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
-    args.device = choose_device(args.device)
+    args = parse(parser)
     with tempfile.TemporaryDirectory() as results, environment({"nnUNet_results": results, "nnUNet_n_proc_DA": "0"}):
         subjects = [prepare(cell, args) for cell in [WITHOUT, *args.trainers]]
         seconds = measure(subjects, args)

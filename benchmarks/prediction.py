@@ -22,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 from measuring import HEADER, Form, in_turns, measure
 
-from lgssl_nnunet.training import PLUGIN_FOLDER
+from lgssl_nnunet.installation import ext_trainer_path
 
 FORMS = {"stock": None, "auto": "auto", "fp32": "fp32", "lgssl stock": "stock"}
 
@@ -39,7 +39,7 @@ def command(form: Form, args: argparse.Namespace) -> list[str]:
 def run(form: Form, args: argparse.Namespace) -> None:
     """Predict into an empty folder and note seconds and memory."""
     shutil.rmtree(form.output, ignore_errors=True)
-    measure(form, command(form, args), {"nnUNet_extTrainer": str(PLUGIN_FOLDER)})
+    measure(form, command(form, args), {"nnUNet_extTrainer": str(ext_trainer_path())})
 
 
 def segmentations(folder: Path, ending: str) -> dict[str, np.ndarray]:

@@ -427,19 +427,31 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark of steps: which plans, and how often is measured."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", help="dataset id in nnUNet_preprocessed")
     parser.add_argument("--plans", required=True)
     parser.add_argument("--configuration", default="3d_fullres")
-    parser.add_argument("--trainers", nargs="+", metavar="TRAINER[:name=value,...]", help="default: every trainer")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per trainer and round, on as many batches")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per form and round, on as many batches")
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("-device", default=None)
-    parser.add_argument("--output", type=Path, help="JSON file for everything that was measured")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the arguments with the dataset's `folder`, and the device itself."""
     args = parser.parse_args()
     args.folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
     args.device = choose_device(args.device)
+    return args
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, rounds=3)
+    parser.add_argument("--trainers", nargs="+", metavar="TRAINER[:name=value,...]", help="default: every trainer")
+    parser.add_argument("--output", type=Path, help="JSON file for everything that was measured")
+    args = parse(parser)
     with (
         tempfile.TemporaryDirectory() as results,
         environment({"nnUNet_results": results, "nnUNet_n_proc_DA": "0"}),

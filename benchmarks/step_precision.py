@@ -15,18 +15,15 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from step_cost import Subject, prepare, seconds_of
+from step_cost import Subject, argument_parser, parse, prepare, seconds_of
 
 from lgssl_nnunet.files import environment
-from lgssl_nnunet.inference.device import choose_device
 
 TRAINER = "SupervisedTrainer"
 
@@ -43,16 +40,7 @@ def stock_step(subject: Subject, args: argparse.Namespace) -> Callable[[int], di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="dataset id in nnUNet_preprocessed")
-    parser.add_argument("--plans", required=True)
-    parser.add_argument("--configuration", default="3d_fullres")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per form and round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("-device", default=None)
-    args = parser.parse_args()
-    args.folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
-    args.device = choose_device(args.device)
+    args = parse(argument_parser(__doc__, rounds=7))
     with tempfile.TemporaryDirectory() as results, environment({"nnUNet_results": results, "nnUNet_n_proc_DA": "0"}):
         native, single = prepare(TRAINER, args), prepare(TRAINER, args)
         precision, single.trainer.precision = str(native.trainer.precision).removeprefix("torch."), torch.float32

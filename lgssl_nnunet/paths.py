@@ -12,6 +12,12 @@ logger = logging.getLogger(__name__)
 
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
+FINAL_CHECKPOINT, LATEST_CHECKPOINT, BEST_CHECKPOINT = (
+    f"checkpoint_{which}.pth" for which in ("final", "latest", "best")
+)
+CHECKPOINTS = (FINAL_CHECKPOINT, LATEST_CHECKPOINT, BEST_CHECKPOINT)
+"""nnU-Net's names for the checkpoints in a fold folder."""
+
 
 _DATASET_NAME = re.compile(r"Dataset(\d{3,})_.+")
 

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
 from lgssl_nnunet.files import write_json
-from lgssl_nnunet.paths import use_data_folders
+from lgssl_nnunet.paths import (
+    BEST_CHECKPOINT,
+    CHECKPOINTS,
+    FINAL_CHECKPOINT,
+    LATEST_CHECKPOINT,
+    use_data_folders,
+)
 from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
@@ -24,10 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Not from engine.checkpoints: bad words are refused before torch is imported.
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 _WITHOUT_IT = "Move it away; --c then goes on from the next checkpoint in its folder, and starts anew without one."
-PLUGIN_FOLDER = Path(__file__).parent / "nnunet_plugin"
 
 
 def train(
@@ -400,10 +403,12 @@ def _check_model(
 
 def _check_run(fold_folder: Path, continue_training: bool, only_validate: bool, validate_best: bool) -> None:
     existing = [name for name in CHECKPOINTS if (fold_folder / name).is_file()]
-    if only_validate and CHECKPOINTS[0] not in existing:
-        raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[0]}: train first, or finish the training with --c.")
-    if only_validate and validate_best and CHECKPOINTS[2] not in existing:
-        raise CheckpointError(f"{fold_folder} has no {CHECKPOINTS[2]}: leave out --val_best to validate the final one.")
+    if only_validate and FINAL_CHECKPOINT not in existing:
+        raise CheckpointError(f"{fold_folder} has no {FINAL_CHECKPOINT}: train first, or finish the training with --c.")
+    if only_validate and validate_best and BEST_CHECKPOINT not in existing:
+        raise CheckpointError(
+            f"{fold_folder} has no {BEST_CHECKPOINT}: leave out --val_best to validate the final one."
+        )
     if existing and not (continue_training or only_validate):
         raise CheckpointError(
             f"{fold_folder} already holds {existing[0]}: continue it with --c, choose another --seed, or move the "
@@ -468,7 +473,7 @@ def _load_weights(
     from lgssl_nnunet.engine.checkpoints import newest_whole_checkpoint
 
     folder = Path(run.output_folder)
-    checkpoint = folder / CHECKPOINTS[0] if only_validate else newest_whole_checkpoint(folder)
+    checkpoint = folder / FINAL_CHECKPOINT if only_validate else newest_whole_checkpoint(folder)
     if checkpoint is None:
         logger.warning(
             "%s holds no checkpoint to continue from: starting a new training.%s", folder, _unfinished(folder)
@@ -495,8 +500,8 @@ def _load_checkpoint(run: SemiSupervisedTrainer, checkpoint: Path) -> None:
 def _unfinished(folder: Path) -> str:
     """Return a sentence on unfinished runs of the same trainer under other options, which may have been meant."""
     trainer = folder.parent.name.split("__")[0]
-    folds = [file.parent for file in sorted(folder.parent.parent.glob(f"{trainer}__*/fold_*/checkpoint_latest.pth"))]
-    names = [f"{fold.parent.name}/{fold.name}" for fold in folds if not (fold / "checkpoint_final.pth").exists()]
+    folds = [file.parent for file in sorted(folder.parent.parent.glob(f"{trainer}__*/fold_*/{LATEST_CHECKPOINT}"))]
+    names = [f"{fold.parent.name}/{fold.name}" for fold in folds if not (fold / FINAL_CHECKPOINT).exists()]
     return f" Unfinished are {', '.join(names)}; they continue with --c and their own options." if names else ""
 
 
@@ -509,7 +514,7 @@ def _run_training(run: SemiSupervisedTrainer, only_validate: bool) -> None:
     try:
         run.run_training()
     except KeyboardInterrupt:
-        checkpoint = Path(run.output_folder) / "checkpoint_latest.pth"
+        checkpoint = Path(run.output_folder) / LATEST_CHECKPOINT
         logger.warning(
             "Stopped in epoch %d of %d. %s",
             run.current_epoch + 1,
@@ -528,5 +533,5 @@ def _validate(
         logger.info("Fold all holds no case back: no final validation (--val runs it on the training cases).")
         return
     if validate_best:
-        _load_checkpoint(run, Path(run.output_folder) / "checkpoint_best.pth")
+        _load_checkpoint(run, Path(run.output_folder) / BEST_CHECKPOINT)
     run.perform_actual_validation(export_probabilities)

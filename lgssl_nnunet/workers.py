@@ -66,7 +66,7 @@ class WorkerPool(Executor):
     def _start(self) -> ProcessPoolExecutor:
         """Start a process and wait until it answers, so that one that cannot start is not taken for one that died."""
         context = multiprocessing.get_context("spawn")
-        process = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+        process = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
         try:
             process.submit(os.getpid).result()
         except BrokenProcessPool:
@@ -80,7 +80,7 @@ class WorkerPool(Executor):
         return process
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when its parent dies: it would wait for work for ever, and hold its memory."""
     parent = multiprocessing.parent_process()
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -406,5 +407,31 @@ def files_below() -> Callable[[Path], dict[str, tuple[int, int]]]:
             for file in sorted(folder.rglob("*"))
             if file.is_file() and file.suffix != ".lock"
         }
+
+    return look
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., None]:
+    """Wait until a condition holds, for at most some seconds."""
+
+    def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "nothing happened"
+            time.sleep(0.1)
+
+    return wait
+
+
+@pytest.fixture
+def is_running() -> Callable[[int], bool]:
+    """Whether a process is there and not a zombie, by Linux's /proc."""
+
+    def look(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
 
     return look

@@ -51,6 +51,7 @@ from lgssl_nnunet.files import remove_leftovers, write_atomically, write_json
 from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.losses.consistency import probabilities
 from lgssl_nnunet.networks.unet import planned_unet
+from lgssl_nnunet.paths import LATEST_CHECKPOINT
 from lgssl_nnunet.plans.stored import planned_as, training_seed
 
 logger = logging.getLogger(__name__)
@@ -573,7 +574,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         reason = distributed.said_by_any(self.stop.reason)
         if reason is None:
             return
-        file = Path(self.output_folder) / "checkpoint_latest.pth"
+        file = Path(self.output_folder) / LATEST_CHECKPOINT
         self.save_checkpoint(str(file))
         self._close_data()
         how = "nothing is saved, as asked" if self.disable_checkpointing else f"{file} is saved"
@@ -776,7 +777,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             "lgssl": {name: part.state_dict() for name, part in self._stateful_parts().items()}
             | {"terms": self.term_log.rows, "hyperparameters": asdict(self.hp)}
-            | {"iteration": self.iteration, "step_outputs": self._step_outputs},
+            | {"iteration": self.iteration, "step_outputs": self._step_outputs}
+            | {"non_finite": self.non_finite.state_dict()},
         }
         write_checkpoint(checkpoint, Path(filename))
 
@@ -791,18 +793,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if state is None:
             raise CheckpointError(f"{filename_or_checkpoint} was not written by {type(self).__name__}.")
         for name, part in self._stateful_parts().items():
-            if name in state or name != "non_finite":  # which older checkpoints do not have
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
         self.term_log.rows = list(state["terms"])
         self.iteration = state.get("iteration", self.current_epoch * self.num_iterations_per_epoch)
         self._step_outputs = list(state.get("step_outputs", []))
+        self.non_finite.load_state_dict(state.get("non_finite", NonFiniteGuard().state_dict()))
         # nnU-Net writes checkpoint_latest before it updates the best value: taken from there, a resumed run would
         # replace checkpoint_best by a worse one.
         self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=None)
 
     def _stateful_parts(self) -> dict[str, Any]:
         teacher = {"teacher": self.teacher} if self.teacher is not None else {}
-        return self.parts | teacher | {"non_finite": self.non_finite}
+        return self.parts | teacher
 
 
 def _or(numbers: list[int]) -> str:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 from lgssl_nnunet.console import start_console_logging
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import use_data_folders
+from lgssl_nnunet.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     import torch
-
-INTERRUPTED = 130
 
 _SYSTEM_REFUSALS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and run the command again"),

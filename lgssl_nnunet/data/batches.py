@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +16,9 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from lgssl_nnunet.engine.batches import finest
 from lgssl_nnunet.engine.seeding import derive_seed, isolated_randomness
 from lgssl_nnunet.errors import TrainingError
+from lgssl_nnunet.workers import end_with_parent
 
 STREAMS = ("labeled", "unlabeled", "validation")
-
-_PR_SET_PDEATHSIG = 1
 
 
 class SeededBatches(SlimDataLoaderBase):
@@ -121,5 +118,4 @@ def _live_and_die_with_the_trainer() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how its trainer ends it
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()

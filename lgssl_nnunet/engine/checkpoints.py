@@ -15,6 +15,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lgssl_nnunet.errors import CheckpointError, TrainingError
 from lgssl_nnunet.files import write_atomically
+from lgssl_nnunet.paths import CHECKPOINTS, FINAL_CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,6 @@ _NUMPY: list[Callable | tuple[Callable, str]] = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float16", "float32", "float64", "str")),
 ]
-
-
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 
 
 def write_checkpoint(checkpoint: dict[str, Any], file: Path) -> None:
@@ -59,7 +57,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
     files = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]
-    files.sort(key=lambda file: (file.name == CHECKPOINTS[0], file.stat().st_mtime_ns), reverse=True)
+    files.sort(key=lambda file: (file.name == FINAL_CHECKPOINT, file.stat().st_mtime_ns), reverse=True)
     for number, file in enumerate(files):
         damage = _damage(file)
         if not damage:

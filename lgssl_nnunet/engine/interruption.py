@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lgssl_nnunet.engine.distributed import is_launched
+from lgssl_nnunet.signals import handling
 
 STOP_FILE = "STOP"
 # What a terminal, a cluster that wants its node back, and a cluster that warns before its time limit send.
@@ -29,25 +31,21 @@ class StopRequest:
     def __init__(self, folder: Path) -> None:
         self.file = folder / STOP_FILE
         self.received: str | None = None
+        self._taken_over = ExitStack()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        try:
-            for kind in SIGNALS:
-                self._before[kind] = signal.signal(kind, self._remember)
-        except ValueError:  # not the main thread
-            self._before.clear()
+        self._before = self._taken_over.enter_context(handling(SIGNALS, self._remember))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        self._taken_over.close()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         kind = signal.Signals(number)
         self.received = kind.name
         if kind is signal.SIGINT and not is_launched():
-            signal.signal(kind, self._before.pop(kind))
+            signal.signal(kind, self._before[kind])
 
     @property
     def reason(self) -> str | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import SimpleQueue
 from types import FrameType
@@ -21,8 +20,7 @@ from torch.multiprocessing import ProcessExitedException
 from lgssl_nnunet.console import console_level, start_console_logging
 from lgssl_nnunet.engine.interruption import SIGNALS
 from lgssl_nnunet.errors import LGSSLError, TrainingError
-
-INTERRUPTED = 130
+from lgssl_nnunet.signals import INTERRUPTED, handling
 
 
 def launch(function: Callable[..., Any], number: int, arguments: Mapping[str, Any]) -> None:
@@ -94,21 +92,10 @@ def _without_a_word(error: ProcessExitedException, number: int) -> BaseException
     )
 
 
-@contextmanager
-def _passing_signals_on(processes: Sequence[SpawnProcess]) -> Iterator[None]:
+def _passing_signals_on(processes: Sequence[SpawnProcess]) -> AbstractContextManager[Any]:
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {}
-    try:
-        for kind in SIGNALS:
-            before[kind] = signal.signal(kind, pass_on)
-    except ValueError:  # not the main thread
-        pass
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+    return handling(SIGNALS, pass_on)

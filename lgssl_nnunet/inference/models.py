@@ -14,10 +14,9 @@ from pathlib import Path
 
 from lgssl_nnunet.errors import CheckpointError, UsageError
 from lgssl_nnunet.inference.bundles import Bundle, open_bundle
-from lgssl_nnunet.paths import data_folders, dataset_number, is_dataset
+from lgssl_nnunet.paths import FINAL_CHECKPOINT, data_folders, dataset_number, is_dataset
 from lgssl_nnunet.registry import trainer_names
 
-FINAL_CHECKPOINT = "checkpoint_final.pth"
 BASELINE = "SupervisedTrainer"
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -31,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from lgssl_nnunet.errors import MissingDependencyError, PromptError, UsageError, install_extra
+from lgssl_nnunet.files import sha256
 from lgssl_nnunet.text.bank import AVERAGED_BANK, SHIPPED_BANK, EmbeddingBank, normalise, structure_names
 from lgssl_nnunet.text.prompts import Prompt, build_prompts, load_prompt_file
 
@@ -248,15 +248,6 @@ def missing_packages(packages: Sequence[str] = TEXT_PACKAGES) -> list[str]:
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 checksum of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an error's text, for a message of one sentence."""
     return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
@@ -447,7 +438,7 @@ def _load_hf_folder(folder: Path, name: str) -> TextEncoder:
         with torch.inference_mode():
             return model(tokens)[0].float().numpy()
 
-    return TextEncoder(name, file_sha256(weights), encode_one)
+    return TextEncoder(name, sha256(Path(weights)), encode_one)
 
 
 def _open_hf_folder(folder: Path) -> tuple[Any, Any]:

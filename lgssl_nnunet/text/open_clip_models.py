@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import MissingDependencyError, PromptError
+from lgssl_nnunet.files import sha256
 from lgssl_nnunet.text.encoders import (
     INSTALL,
     TextEncoder,
-    file_sha256,
     first_line,
     missing_packages,
     offline,
@@ -70,7 +70,7 @@ def load_open_clip(name: str) -> TextEncoder:
         with torch.inference_mode():
             return model.encode_text(tokenizer([sentence]), normalize=True)[0].float().numpy()
 
-    return TextEncoder(_recorded_name(name), file_sha256(source.weights), encode_one)
+    return TextEncoder(_recorded_name(name), sha256(source.weights), encode_one)
 
 
 def _open(source: _Source) -> tuple[Any, Any]:

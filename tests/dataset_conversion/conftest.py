@@ -150,3 +150,15 @@ def tcia(tmp_path: Path) -> TCIADownload:
     folder = tmp_path / "download"
     folder.mkdir()
     return TCIADownload(folder)
+
+
+@pytest.fixture
+def convert(request, download, tmp_path):
+    """Convert the test module's own `download` as its dataset PLAIN."""
+    from lgssl_nnunet.dataset_conversion import convert as conversion
+
+    def run(**options) -> Path:
+        options = {"output": tmp_path / "raw", "num_processes": 0, "progress": False, **options}
+        return conversion.convert(request.module.PLAIN, download, **options)
+
+    return run

@@ -76,15 +76,6 @@ def download(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def convert(download, tmp_path):
-    def run(**options) -> Path:
-        options = {"output": tmp_path / "raw", "num_processes": 0, "progress": False, **options}
-        return conversion.convert(PLAIN, download, **options)
-
-    return run
-
-
 def content(target: Path) -> dict:
     return json.loads((target / "dataset.json").read_text())
 

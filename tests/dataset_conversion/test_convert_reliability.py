@@ -59,15 +59,6 @@ def download(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def convert(download, tmp_path):
-    def run(**options) -> Path:
-        options = {"output": tmp_path / "raw", "num_processes": 0, "progress": False, **options}
-        return conversion.convert(PLAIN, download, **options)
-
-    return run
-
-
 def images(tmp_path: Path) -> list[str]:
     return sorted(file.name[0] for file in (tmp_path / "raw" / "Dataset601_Plain" / "imagesTr").glob("*_0000.nii.gz"))
 

@@ -84,7 +84,7 @@ def test_a_script_without_the_usual_guard_is_told_so(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the processes in /proc")
-def test_workers_end_when_the_command_is_killed(tmp_path):
+def test_workers_end_when_the_command_is_killed(tmp_path, wait_for, is_running):
     file = script(tmp_path, guard="if __name__ != '__main__': sys.exit()", seconds=60)
     command = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.DEVNULL)
     wait_for(lambda: len(workers_of(command.pid)) >= 2)
@@ -106,17 +106,3 @@ def workers_of(parent: int) -> list[int]:
         if int(fields[1]) == parent and is_worker:
             found.append(int(file.parent.name))
     return found
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.1)

@@ -114,9 +114,9 @@ def train_once(workspace):
 @pytest.fixture
 def in_workspace(workspace, monkeypatch):
     """Point the environment at the workspace, and nnU-Net at our plug-in."""
-    from lgssl_nnunet.training import PLUGIN_FOLDER
+    from lgssl_nnunet.installation import ext_trainer_path
 
-    for name, value in {**workspace.environment, "nnUNet_extTrainer": str(PLUGIN_FOLDER)}.items():
+    for name, value in {**workspace.environment, "nnUNet_extTrainer": str(ext_trainer_path())}.items():
         monkeypatch.setenv(name, value)
     return workspace
 
@@ -144,3 +144,25 @@ def differing_voxels(one: Path, other: Path) -> dict[str, int]:
 @pytest.fixture(name="differing_voxels")
 def differing_voxels_function():
     return differing_voxels
+
+
+@pytest.fixture
+def ours(in_workspace, tmp_path):
+    """Predict the test images with a model, as nnU-Net computes."""
+    from lgssl_nnunet.inference.predict import predict
+
+    def run(model: Path) -> Path:
+        predict(
+            in_workspace.test_images,
+            tmp_path / "ours",
+            model_folder=model,
+            precision="stock",
+            save_probabilities=True,
+            device="cpu",
+            num_processes_preprocessing=0,
+            num_processes_segmentation_export=0,
+            progress=False,
+        )
+        return tmp_path / "ours"
+
+    return run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lgssl_nnunet.training import PLUGIN_FOLDER
+from lgssl_nnunet.installation import ext_trainer_path
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def run(command_workspace, tmp_path):
 
     def call(command: str, *words: object) -> str:
         environment = {**os.environ, **ONE_CPU, **command_workspace.environment}
-        environment["nnUNet_extTrainer"] = str(PLUGIN_FOLDER)
+        environment["nnUNet_extTrainer"] = str(ext_trainer_path())
         line = [str(COMMANDS / command), *map(str, words)]
         done = subprocess.run(
             line, env=environment, cwd=tmp_path, timeout=SECONDS, capture_output=True, encoding="utf-8"

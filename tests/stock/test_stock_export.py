@@ -17,7 +17,6 @@ from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 
 from lgssl_nnunet.errors import CheckpointError, UsageError
 from lgssl_nnunet.inference.export_model import export_model
-from lgssl_nnunet.inference.predict import predict
 from lgssl_nnunet.registry import trainer_names
 
 # What they predict with has parts that nnU-Net's network lacks: prompts, a second network, gates.
@@ -43,27 +42,6 @@ def without_plugin(in_workspace, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (tmp_path / "results").mkdir()
     return in_workspace
-
-
-@pytest.fixture
-def ours(without_plugin, tmp_path):
-    """Predict the test images with a model, as nnU-Net computes."""
-
-    def run(model: Path) -> Path:
-        predict(
-            without_plugin.test_images,
-            tmp_path / "ours",
-            model_folder=model,
-            precision="stock",
-            save_probabilities=True,
-            device="cpu",
-            num_processes_preprocessing=0,
-            num_processes_segmentation_export=0,
-            progress=False,
-        )
-        return tmp_path / "ours"
-
-    return run
 
 
 def installed(archive: Path, results: Path) -> Path:
@@ -149,7 +127,7 @@ def test_the_zip_file_names_no_case_and_holds_no_more_than_prediction_needs(trai
     }
 
 
-def test_two_methods_are_installed_side_by_side_and_lgssl_predict_runs_them(train_once, ours, tmp_path):
+def test_two_methods_are_installed_side_by_side_and_lgssl_predict_runs_them(train_once, without_plugin, ours, tmp_path):
     for trainer in ("SupervisedTrainer", "UAMTTrainer"):
         archive = export_model(tmp_path / f"{trainer}.zip", model_folder=train_once(trainer), stock=True)
         install_model_from_zip_file(str(archive))

@@ -10,7 +10,6 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from lgssl_nnunet.inference.predict import predict
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
 
@@ -23,7 +22,7 @@ def test_nnunet_finds_the_packages_own_class_through_the_plugin(trainer, in_work
 
 @pytest.mark.parametrize("trainer", trainer_names())
 def test_nnunets_predictor_gives_the_segmentation_of_ours_to_the_voxel(
-    trainer, in_workspace, train_once, tmp_path, differing_voxels
+    trainer, in_workspace, train_once, ours, tmp_path, differing_voxels
 ):
     folder = train_once(trainer)
     images = sorted(in_workspace.test_images.glob("*.nii.gz"))
@@ -33,18 +32,7 @@ def test_nnunets_predictor_gives_the_segmentation_of_ours_to_the_voxel(
     theirs.predict_from_files_sequential(
         [[str(image)] for image in images], str(tmp_path / "theirs"), save_probabilities=True
     )
-    predict(
-        in_workspace.test_images,
-        tmp_path / "ours",
-        model_folder=folder,
-        precision="stock",
-        save_probabilities=True,
-        device="cpu",
-        num_processes_preprocessing=0,
-        num_processes_segmentation_export=0,
-        progress=False,
-    )
-    differing = differing_voxels(tmp_path / "theirs", tmp_path / "ours")
+    differing = differing_voxels(tmp_path / "theirs", ours(folder))
     assert not any(differing.values()), differing
     for file in (tmp_path / "theirs").glob("*.npz"):
         assert np.array_equal(*[np.load(path)["probabilities"] for path in (file, tmp_path / "ours" / file.name)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lgssl_nnunet.errors import PromptError
+from lgssl_nnunet.files import sha256
 from lgssl_nnunet.text.bank import (
     AVERAGED_BANK,
     SHIPPED_BANK,
@@ -16,7 +17,7 @@ from lgssl_nnunet.text.bank import (
     structure_names,
 )
 from lgssl_nnunet.text.build_bank import bank_texts
-from lgssl_nnunet.text.encoders import MINILM_NAME, MINILM_SHA256, file_sha256
+from lgssl_nnunet.text.encoders import MINILM_NAME, MINILM_SHA256
 from lgssl_nnunet.text.prompts import MODALITIES, Prompt, build_prompts
 
 BTCV = (
@@ -59,7 +60,7 @@ def test_bank_loads_without_pickles_and_is_small(path):
 
 
 def test_shipped_vectors_are_those_that_published_plans_hold():
-    assert file_sha256(SHIPPED_BANK) == "624991224044eecdf85fdf9e9b45f99a1c26dbf3dc1ec5e566e87e208615b2e1"
+    assert sha256(SHIPPED_BANK) == "624991224044eecdf85fdf9e9b45f99a1c26dbf3dc1ec5e566e87e208615b2e1"
 
 
 def test_averaged_bank_answers_the_same_prompts_in_other_vectors_of_the_same_encoder(bank):

@@ -19,7 +19,8 @@ from lgssl_nnunet.errors import CheckpointError, UsageError
 from lgssl_nnunet.inference import pseudo_labels
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
 from lgssl_nnunet.inference.pseudo_labels import models_of_same_data
-from lgssl_nnunet.training import PLUGIN_FOLDER, train
+from lgssl_nnunet.installation import ext_trainer_path
+from lgssl_nnunet.training import train
 
 NAME = "PseudoLabelTrainer"
 CASES = [f"unlabeled_{number:03d}" for number in range(4)]
@@ -212,7 +213,7 @@ def test_pseudo_labels_are_what_stock_nnunet_predicts_with_the_source_model(
 ):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    monkeypatch.setenv("nnUNet_extTrainer", str(PLUGIN_FOLDER))
+    monkeypatch.setenv("nnUNet_extTrainer", str(ext_trainer_path()))
     model = source(variant=variant)
     trainer = of_round(variant=variant)
     stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)

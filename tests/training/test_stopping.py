@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,27 +114,13 @@ def process(*words: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=variables, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("kind", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)], ids=["stopped", "killed"])
-def test_no_process_is_left_whatever_ends_the_training(kind, status, dataset):
+def test_no_process_is_left_whatever_ends_the_training(kind, status, dataset, wait_for, is_running):
     run = process("--epochs", "1000", "--iterations_per_epoch", "20")
     wait_for(lambda: bool(list(Path(os.environ["nnUNet_results"]).rglob("lgssl_terms.csv"))))
     workers = children_of(run.pid)
@@ -143,7 +128,7 @@ def test_no_process_is_left_whatever_ends_the_training(kind, status, dataset):
     os.killpg(run.pid, kind)
     said = run.communicate(timeout=60)[1]
     assert run.returncode == status
-    wait_for(lambda: not any(map(is_alive, workers)), 20)
+    wait_for(lambda: not any(map(is_running, workers)), 20)
     if kind == signal.SIGTERM:
         assert "Training stopped because of SIGTERM" in said
         assert "Traceback" not in said
@@ -151,7 +136,7 @@ def test_no_process_is_left_whatever_ends_the_training(kind, status, dataset):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_data_worker_that_dies_is_a_sentence(dataset):
+def test_a_data_worker_that_dies_is_a_sentence(dataset, wait_for):
     run = process("--epochs", "1000", "--iterations_per_epoch", "20")
     wait_for(lambda: bool(list(Path(os.environ["nnUNet_results"]).rglob("lgssl_terms.csv"))))
     os.kill(children_of(run.pid)[0], signal.SIGKILL)

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -20,12 +20,12 @@ from lgssl_nnunet.errors import LGSSLError, TrainingStopped
 from lgssl_nnunet.evaluation.benchmark.records import FAILED, FINISHED, RUNNING, CellStore
 from lgssl_nnunet.evaluation.benchmark.worker import Job, attempt, work
 from lgssl_nnunet.files import environment
+from lgssl_nnunet.signals import INTERRUPTED, handling
 
 logger = logging.getLogger(__name__)
 
 MOST_DATA_WORKERS = 12
 """nnU-Net's own number of data workers on a machine that it does not know."""
-INTERRUPTED = 130
 
 
 def divided_cores(workers: int) -> dict[str, str]:
@@ -59,7 +59,7 @@ def run_workers(job: Job, workers: int, progress: bool) -> None:
         return any(process.is_alive() for process in processes)
 
     try:
-        with _termination_as_interruption():
+        with handling([signal.SIGTERM], _interrupt):  # ends this process as Ctrl-C does, and the workers with it
             watch(job, replace_the_dead, progress)
     finally:
         for process in processes:
@@ -68,21 +68,8 @@ def run_workers(job: Job, workers: int, progress: bool) -> None:
             process.join()
 
 
-@contextmanager
-def _termination_as_interruption() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does, so that its workers do not go on without it."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = None
-    with suppress(ValueError):  # not the main thread
-        before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _work_as(job: Job, index: int) -> None:
