@@ -19,7 +19,6 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -377,7 +376,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     @property
     def plain_network(self) -> nn.Module:
         """The network without the wrapper of compilation."""
-        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+        return getattr(self.network, "_orig_mod", self.network)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return optimiser and learning-rate schedule of the plans: nnU-Net's SGD, or AdamW with cosine decay."""

@@ -148,6 +148,10 @@ def _worker_count(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from lgssl_nnunet.inference.compiler import import_nnunet_without_compiler
+
+    import_nnunet_without_compiler()
+
     from lgssl_nnunet.inference.predict import predict
 
     predict(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.errors import CheckpointError
@@ -39,7 +38,7 @@ def load_pretrained(network: nn.Module, file: Path | str, trust: bool = False) -
         CheckpointError: as `read_checkpoint`, or none of its convolutions fits an encoder of the network.
     """
     source = read_checkpoint(Path(file), "network_weights", trust=trust)["network_weights"]
-    network = network._orig_mod if isinstance(network, OptimizedModule) else network
+    network = getattr(network, "_orig_mod", network)
     # Buffers stay: prompt embeddings belong to the plans of this training.
     own = {
         name: tensor
