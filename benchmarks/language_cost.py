@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 import torch
-from step_cost import Subject, argument_parser, parse, prepare, ratio, seconds_of
+from step_cost import Subject, argument_parser, parse, prepare, ratio, timed
 
 from lgssl_nnunet.files import environment
 from lgssl_nnunet.inference.predictor import VIEWS_AT_ONCE
@@ -55,7 +55,7 @@ def measure(subjects: list[Subject], args: argparse.Namespace) -> dict[str, list
         for kind, work in works.items():
             for position, subject in order:
                 times = [
-                    seconds_of(lambda n=n, s=subject, work=work: work(s, n), args.device) for n in range(args.steps + 1)
+                    timed(lambda n=n, s=subject, work=work: work(s, n), args.device)[1] for n in range(args.steps + 1)
                 ]
                 seconds[kind][position].append(times[1:])
     return seconds

@@ -11,6 +11,9 @@ methods get n unlabelled patches as well. What is measured, for every trainer of
   terms are active. Trainers take turns: in each round every trainer does one step that does not count and then --steps
   that do, forwards in one round and backwards in the next, so that drift of the machine hits all alike. The seconds are
   the median of all; the ratio is the median over rounds of the ratio to SupervisedTrainer's median in the same round.
+- **Step / passes and losses**: in steps of their own in the same rounds, the time of the step by the time spent in
+  `loss_terms`, in backward passes and in `extra_steps` (critics' own updates). The rest is the engine: optimiser,
+  clipping, teacher, seeds and logs.
 - **Seconds of the loader**: median per batch, drawn one after the other in this process, without workers.
 - **Memory of a step**, in a fresh process for each trainer. On CUDA `torch.cuda.max_memory_allocated` over three steps,
   weights included. On Linux the highest resident set during three steps minus the resident set just before the first,
@@ -37,6 +40,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import io
 import json
 import multiprocessing
@@ -52,6 +56,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -151,6 +156,30 @@ def floor_in_seconds(passes: Passes, seconds: Mapping[tuple[str, bool], float]) 
 # --------------------------------------------------------------------------------------------------------- subjects
 
 
+class Stopwatch:
+    """Adds up the time spent in some functions; one that is called by another of them counts once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self._running = False
+
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._running:
+                return function(*args, **kwargs)
+            self._running = True
+            try:
+                result, seconds = timed(lambda: function(*args, **kwargs), self.device)
+            finally:
+                self._running = False
+            self.seconds += seconds
+            return result
+
+        return call
+
+
 @dataclass
 class Subject:
     """A trainer in the middle of training, with batches, and what was measured of it."""
@@ -160,6 +189,8 @@ class Subject:
     batches: list[dict]
     loader_seconds: float
     step_seconds: list[list[float]] = field(default_factory=list)
+    watched_seconds: list[list[float]] = field(default_factory=list)
+    overheads: list[float] = field(default_factory=list)
     memory: int | None = None
     flops: int = 0
 
@@ -173,6 +204,17 @@ class Subject:
         """Do a step as in the middle of training."""
         self.trainer.iteration = self.trainer.num_iterations // 2 + number
         self.trainer.train_step(self.batches[number % len(self.batches)])
+
+    def watched_step(self, number: int) -> None:
+        """Do a step and note how much longer it takes than its passes and losses."""
+        watch = Stopwatch(self.trainer.device)
+        with (
+            mock.patch.object(self.trainer, "loss_terms", watch.watched(self.trainer.loss_terms)),
+            mock.patch.object(self.trainer, "extra_steps", watch.watched(self.trainer.extra_steps)),
+            mock.patch.object(torch.Tensor, "backward", watch.watched(torch.Tensor.backward)),
+        ):
+            seconds = timed(lambda: self.step(number), self.trainer.device)[1]
+        self.overheads.append(seconds / watch.seconds)
 
 
 def prepare(cell: str, args: argparse.Namespace) -> Subject:
@@ -298,19 +340,20 @@ def build_parts(subject: Subject, wanted: set[str]) -> dict[str, Part]:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    work()
+    result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def measure(subjects: list[Subject], parts: Mapping[str, Part], args: argparse.Namespace) -> None:
     """Time every step and every part in rounds; the first call in each round does not count."""
     works = [(subject.step_seconds, subject.step) for subject in subjects]
+    works += [(subject.watched_seconds, subject.watched_step) for subject in subjects]
     works += [
         (part.seconds[gradient], lambda number, part=part, gradient=gradient: part.run(gradient))
         for part in parts.values()
@@ -319,7 +362,7 @@ def measure(subjects: list[Subject], parts: Mapping[str, Part], args: argparse.N
     for turn in range(args.rounds):
         print(f"round {turn + 1} of {args.rounds}", file=sys.stderr)
         for seconds, work in works if turn % 2 == 0 else reversed(works):
-            times = [seconds_of(lambda n=n, work=work: work(n), args.device) for n in range(args.steps + 1)]
+            times = [timed(lambda n=n, work=work: work(n), args.device)[1] for n in range(args.steps + 1)]
             seconds.append(times[1:])
 
 
@@ -344,6 +387,7 @@ def result(subject: Subject, reference: Subject, parts: Mapping[str, Part], cost
         "counted ratio": subject.flops / reference.flops,
         "section 18 ratio": None if passes is None or passes.section_18 is None else 2 * passes.section_18,
         "floor seconds": None if passes is None else floor_in_seconds(passes, seconds),
+        "step by passes and losses": statistics.median(subject.overheads),
         "loader seconds": subject.loader_seconds,
         "memory bytes": subject.memory,
         "every step's seconds": subject.step_seconds,
@@ -363,6 +407,7 @@ COLUMNS = {
     "section 18": lambda row, reference: number(row["section 18 ratio"]),
     "floor [s]": lambda row, reference: number(row["floor seconds"], 3),
     "step / floor [s]": lambda row, reference: quotient(row["step seconds"], row["floor seconds"]),
+    "step / passes and losses": lambda row, reference: number(row["step by passes and losses"]),
     "loader [s]": lambda row, reference: number(row["loader seconds"], 3),
     "memory [MB]": lambda row, reference: quotient(row["memory bytes"], 2**20, 0),
     "memory ratio": lambda row, reference: quotient(row["memory bytes"], reference["memory bytes"]),

@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from step_cost import Subject, argument_parser, parse, prepare, seconds_of
+from step_cost import Subject, argument_parser, parse, prepare, timed
 
 from lgssl_nnunet.files import environment
 
@@ -49,7 +49,7 @@ def main() -> None:
         for turn in range(args.rounds):
             print(f"round {turn + 1} of {args.rounds}", file=sys.stderr)
             for name, work in list(works.items())[:: 1 if turn % 2 == 0 else -1]:
-                times = [seconds_of(lambda n=n, work=work: work(n), args.device) for n in range(args.steps + 1)]
+                times = [timed(lambda n=n, work=work: work(n), args.device)[1] for n in range(args.steps + 1)]
                 seconds[name].append(sorted(times[1:])[len(times[1:]) // 2])
     print("| step | seconds | times faster in the chosen precision (range) |\n| --- | --- | --- |")
     for name, own in seconds.items():
