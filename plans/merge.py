@@ -23,6 +23,7 @@ from lgssl_nnunet.plans.merged_classes import MergedClass, look_alike, merge_cla
 from lgssl_nnunet.plans.merged_sources import (
     Source,
     annotated_and_groups,
+    annotation_problems,
     common_format,
     load_sources,
     merged_channels,
@@ -252,6 +253,7 @@ def _checked(
     # With a dataset missing, its classes would be called unknown.
     complete = len(sources) == len(datasets)
     classes, unclear = merge_classes([member for source in sources for member in source.classes], same, keep_apart)
+    unclear += [problem for source in sources for problem in annotation_problems(source, classes)]
     raise_if_any([*problems, *(unclear if complete else [])], f"The merge into {target.name}")
     folder = MergedFolder(target, sources[0].dataset.file_ending, link)
     return Merge(tuple(sources), tuple(classes), channels, folder)

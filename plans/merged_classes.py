@@ -34,7 +34,7 @@ class SourceClass:
         dataset: name of the dataset's folder.
         name: in its dataset.json.
         value: of its voxels.
-        text: the phrase that says what it is.
+        text: the phrase that says what it is, without an article.
         prompt: what its dataset.json has as its prompt; None for none.
     """
 
@@ -47,7 +47,7 @@ class SourceClass:
     @property
     def identity(self) -> str:
         """What is equal for classes of one structure."""
-        return structure_of(self.text) or normalise(without_article(self.text))
+        return structure_of(self.text) or normalise(self.text)
 
     def __str__(self) -> str:
         return f"{self.dataset} {self.name!r} ({self.value})"
@@ -89,7 +89,7 @@ def classes_of(dataset: str, dataset_json: Mapping[str, Any]) -> list[SourceClas
         value = label_value(dataset_json["labels"][name])
         if value > 0:
             phrases = [text.phrase or phrase_of(text.sentence) for text in prompt.texts]
-            text = next(filter(None, phrases), name)
+            text = without_article(next(filter(None, phrases), name))
             found.append(SourceClass(dataset, name, value, text, (dataset_json.get("prompts") or {}).get(name)))
     return found
 
@@ -250,7 +250,7 @@ def _reason(group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceCl
         return ""
     if _said_name(group, chains) is not None:
         return "by --same"
-    same_words = len({normalise(without_article(member.text)) for member in group}) == 1
+    same_words = len({normalise(member.text) for member in group}) == 1
     return "same words" if same_words else "by the table of synonyms"
 
 

@@ -139,13 +139,22 @@ def annotated_and_groups(
         return {source.name: everything}, {source.name: [f"{glob.escape(source.name)}_*"]} | _renamed(source, groups)
     named = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
     mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in named.items()}
-    patterns = [pattern for key in annotated for pattern in groups.get(key, [glob.escape(key)])]
+    patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]
     cases = [*source.dataset.cases, *source.test]
-    rest = [case for case in cases if not any(fnmatch.fnmatchcase(case, pattern) for pattern in patterns)]
+    rest = [case for case in cases if not any(case == p or fnmatch.fnmatchcase(case, p) for p in patterns)]
     if any(case in source.dataset.labeled or case in source.test for case in rest):
         mine[source.name] = everything
         groups = groups | {"": [glob.escape(case) for case in rest]}
     return mine, _renamed(source, groups)
+
+
+def annotation_problems(source: Source, merged: Sequence[MergedClass]) -> list[Problem]:
+    """Return which cases or groups of a dataset would annotate nothing: only parts of classes that were joined."""
+    empty = [key for key, names in annotated_and_groups(source, merged)[0].items() if not names]
+    remedy = "join other classes with --same, or leave out the label files of these cases"
+    return [
+        Problem(f"{source.name}/dataset.json", f"{key} annotates parts of joined classes only", remedy) for key in empty
+    ]
 
 
 def _renamed(source: Source, groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -211,7 +220,10 @@ def _channel_problems(index: int, found: Sequence[Sequence[str]]) -> list[Proble
 
 def _one_spelling(names: Sequence[str]) -> list[str]:
     """Return names without those that differ in capitals alone, which is the same to nnU-Net."""
-    return list({name.casefold(): name for name in reversed(names)}.values())[::-1]
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(name.casefold(), name)
+    return list(first.values())
 
 
 def _lies(name: str, found: Sequence[str], file: str) -> list[Problem]:
