@@ -278,7 +278,13 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     "batchgenerators/augmentations/utils.py: resize_segmentation": (f"{RESAMPLING}: resample_labels",),
     "batchgenerators/augmentations/utils.py: _resample_seg_by_argmax": (f"{RESAMPLING}: _vote",),
-    f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (f"{SELECTION_MAPS}: _itk_image",),
+    f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (
+        f"{SELECTION_MAPS}: _itk_image",
+        "plans/merge.py: _write_changed",
+    ),
+    "nnunetv2/preprocessing/normalization/map_channel_name_to_normalization.py: get_normalization_scheme": (
+        "plans/merged_sources.py: _channel_problems",
+    ),
     f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIOWithReorient": (f"{SELECTION_MAPS}: _itk_image",),
     f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIO": (f"{SELECTION_MAPS}: _nibabel_image",),
     f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIOWithReorient": (f"{SELECTION_MAPS}: _nibabel_image",),

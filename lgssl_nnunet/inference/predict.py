@@ -126,11 +126,8 @@ def predict(
     device = choose_device(device)
     precision = resolve_precision(precision, device)
     chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
-    logger.info("Model: %s", chosen)
+    rules, classes = _announce(chosen, classes)
     output = Path(output).expanduser()
-    dataset_json = chosen.model.read_json("dataset.json")
-    rules = image_rules(chosen.model.read_json("plans.json"), dataset_json, chosen.folder)
-    classes = chosen_classes(classes, dataset_json)
     cases = _cases(input, output, rules, save_selection_maps)[part_id::num_parts]
     predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
@@ -155,6 +152,14 @@ def predict(
         _predict_all(predictor, todo, options)
     logger.info("Segmentations are in %s", output)
     return [case.output for case in cases]
+
+
+def _announce(chosen: ChosenModel, classes: Sequence[str] | None) -> tuple[ImageRules, tuple[str, ...] | None]:
+    """Say which model predicts, and return what it expects of images and which of its classes are written."""
+    logger.info("Model: %s", chosen)
+    dataset_json = chosen.model.read_json("dataset.json")
+    rules = image_rules(chosen.model.read_json("plans.json"), dataset_json, chosen.folder)
+    return rules, chosen_classes(classes, dataset_json)
 
 
 @contextmanager
