@@ -245,8 +245,7 @@ def _checked(
     sources, problems = load_sources(datasets)
     channels: dict[str, str] = {}
     if len(sources) > 1:
-        different = common_format(sources)
-        problems += different
+        problems += common_format(sources)
         if len({source.dataset.num_channels for source in sources}) == 1:
             channels, unfit = merged_channels(sources, channel_names)
             problems += unfit
