@@ -12,6 +12,7 @@ for room in ROOMS:
 
 COMMANDS = (
     "convert_dataset",
+    "merge_datasets",
     "prompts",
     "plan_and_preprocess",
     "sparse_annotation",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import nibabel as nib
 import SimpleITK as sitk
 
 import lgssl_nnunet
+from lgssl_nnunet.dataset_conversion.case_records import CaseRecords, refuse_taken_number, require_space, write_volume
 from lgssl_nnunet.dataset_conversion.dataset import (
     IMAGE_FOLDERS,
     LABEL_FOLDERS,
@@ -33,23 +32,17 @@ from lgssl_nnunet.dataset_conversion.volumes import (
     count_not_finite,
     find_files,
     label_values,
-    require_whole_nifti,
 )
-from lgssl_nnunet.errors import DatasetError, LGSSLError, UsageError
+from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.files import (
     copy_file,
-    file_record,
     file_signature,
-    is_unchanged,
     link_file,
     read_json_if_valid,
     remove_leftovers,
-    warn_if_disk_is_full,
-    write_atomically,
     write_json,
 )
 from lgssl_nnunet.locks import hold_lock, lock_beside
-from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.paths import data_folders, dataset_number, use_data_folders
 from lgssl_nnunet.problems import Problem, raise_if_any
 
@@ -58,8 +51,6 @@ logger = logging.getLogger(__name__)
 RECORDS = "conversion"
 """Folder of the raw dataset with a record of each case and `source.json`, which says what is converted here."""
 SOURCE = "source.json"
-_SPACE_MARGIN = 1.2
-"""Compressed output is about as large as the compressed source; this much more is asked for."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +79,10 @@ class Conversion:
         """Return where the segmentation of a case goes."""
         return self.target / LABEL_FOLDERS[case.part] / f"{case.identifier}{self.file_ending}"
 
-    def record_file(self, case: SourceCase) -> Path:
-        """Return where the record of a case goes."""
-        return self.target / RECORDS / f"{case.identifier}.json"
+    @property
+    def records(self) -> CaseRecords:
+        """What was converted before."""
+        return CaseRecords(self.target, RECORDS, "converted", SOURCE)
 
     def key(self, case: SourceCase) -> dict[str, Any]:
         """Return what the outcome of a case depends on."""
@@ -145,11 +137,14 @@ def _convert_locked(layout: Layout, conversion: Conversion, num_processes: int |
     _refuse_foreign_target(target, dataset, layout)  # again: another process may have written since
     for folder in (*IMAGE_FOLDERS.values(), *LABEL_FOLDERS.values(), RECORDS):
         remove_leftovers(target / folder)
-    todo = _unfinished(layout, conversion)
-    _require_space(conversion, todo.values())
-    write_json({"dataset": dataset.key, "layout": layout.name}, target / RECORDS / SOURCE)
+    cases = {case.identifier: case for case in layout.all_cases}
+    unfinished = conversion.records.unfinished({name: conversion.key(case) for name, case in cases.items()})
+    todo = {name: cases[name] for name in unfinished}
+    remedy = "make room, choose another disk with -o, or use --link where the layout allows it"
+    require_space(target, _written_anew(conversion, todo.values()), remedy)
+    write_json({"dataset": dataset.key, "layout": layout.name}, conversion.records.source_file)
     _convert_cases(layout, conversion, todo, num_processes, progress)
-    records = _records(target)
+    records = conversion.records.read()
     twins = find_twins({name: ImagePrint.from_json(record["print"]) for name, record in records.items()})
     for sentence in report(twins):
         logger.warning("%s", sentence)
@@ -197,16 +192,13 @@ def convert_case(case: SourceCase, prepare: Prepare, conversion: Conversion) -> 
         files.append(_write(conversion, stored, case.label, unchanged, conversion.label_file(case)))
     record = {
         "key": key,
-        "files": {file.relative_to(conversion.target).as_posix(): _file_record(file) for file in files},
         "labeled": label is not None,
         "changes": list(prepared.changes),
         "warnings": [*prepared.warnings, *missing],
         "geometry": _described(prepared.image),
         "print": _print(prepared.image, label).to_json(),
     }
-    _remove_earlier_files(conversion, case, record["files"])
-    write_json(record, conversion.record_file(case))
-    return record
+    return conversion.records.write(case.identifier, record, files)
 
 
 def checked_label(
@@ -245,23 +237,8 @@ def _write(conversion: Conversion, image: sitk.Image, source: Path, as_is: bool,
     if as_is and source.name.endswith(conversion.file_ending) and nib.load(source).ndim == 3:
         (link_file if conversion.link else copy_file)(source, target)
     else:
-
-        def write(temporary: Path) -> None:
-            named = temporary.with_name(temporary.name + conversion.file_ending)  # ITK goes by the file ending
-            try:
-                sitk.WriteImage(image, str(named), True)
-                require_whole_nifti(named)  # on a full disk ITK writes the beginning of the file and reports no error
-                os.replace(named, temporary)
-            finally:
-                named.unlink(missing_ok=True)
-
-        write_atomically(target, write)
+        write_volume(target, conversion.file_ending, lambda named: sitk.WriteImage(image, str(named), True))
     return target
-
-
-def _file_record(file: Path) -> dict[str, Any] | None:
-    """Return what tells whether a written file has changed; of a link the record's key tells that already."""
-    return None if file.is_symlink() else file_record(file)
 
 
 def _print(image: sitk.Image, label: sitk.Image | None) -> ImagePrint:
@@ -277,13 +254,6 @@ def _described(image: sitk.Image) -> dict[str, Any]:
         "origin": rounded(geometry.origin),
         "direction": rounded(geometry.direction),
     }
-
-
-def _remove_earlier_files(conversion: Conversion, case: SourceCase, files: list[str]) -> None:
-    """Remove what an earlier conversion wrote for this case elsewhere: a case must not be in two folders."""
-    earlier = read_json_if_valid(conversion.record_file(case)) or {}
-    for name in set(earlier.get("files", [])).difference(files):
-        (conversion.target / name).unlink(missing_ok=True)
 
 
 def _files_of(source: Path) -> list[Path]:
@@ -350,11 +320,7 @@ def _counted(cases: Iterable[SourceCase]) -> str:
 
 
 def _refuse_foreign_target(target: Path, dataset: ConvertibleDataset, layout: Layout) -> None:
-    number = dataset_number(target.name)
-    if target.parent.is_dir():
-        for other in sorted(target.parent.glob("Dataset*")):
-            if other != target and dataset_number(other.name) == number:
-                raise UsageError(f"{other}: has the id {number} already; choose another id with -d.")
+    refuse_taken_number(target, "-d")
     if not target.exists() or not any(target.iterdir()):
         return
     source = read_json_if_valid(target / RECORDS / SOURCE) or {}
@@ -367,42 +333,12 @@ def _refuse_foreign_target(target: Path, dataset: ConvertibleDataset, layout: La
         )
 
 
-def _unfinished(layout: Layout, conversion: Conversion) -> dict[str, SourceCase]:
-    """Return the cases that are not converted yet, or were from other files or in another way."""
-    todo = {}
-    for case in layout.all_cases:
-        record = read_json_if_valid(conversion.record_file(case)) or {}
-        if record.get("key") != conversion.key(case):
-            todo[case.identifier] = case
-            continue
-        files = record.get("files", [])
-        files = files if isinstance(files, dict) else dict.fromkeys(files)  # records of 0.1.0 hold names only
-        changed = [name for name, written in files.items() if not is_unchanged(conversion.target / name, written)]
-        if changed:
-            todo[case.identifier] = case
-            logger.warning("%s: %s is missing or not as written; converted again.", case.identifier, changed[0])
-    done = len(layout.all_cases) - len(todo)
-    if done:
-        logger.info("%d cases are converted already; %d are to be done.", done, len(todo))
-    return todo
-
-
-def _require_space(conversion: Conversion, cases: Iterable[SourceCase]) -> None:
-    """Refuse before anything is written if the disk cannot take the converted cases."""
-    needed = 0
+def _written_anew(conversion: Conversion, cases: Iterable[SourceCase]) -> Iterator[Path]:
+    """Yield the files of which a converted copy is made."""
     for case in cases:
         for source in filter(None, (case.image, case.label)):
-            if conversion.link and source.name.endswith(conversion.file_ending):
-                continue
-            needed += sum(file.stat().st_size for file in _files_of(source))
-    needed = int(_SPACE_MARGIN * needed)
-    existing = next(folder for folder in (conversion.target, *conversion.target.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise LGSSLError(
-            f"{existing}: {free / 1e9:.1f} GB are free and about {needed / 1e9:.1f} GB are needed; make room, choose "
-            "another disk with -o, or use --link where the layout allows it."
-        )
+            if not (conversion.link and source.name.endswith(conversion.file_ending)):
+                yield from _files_of(source)
 
 
 def _convert_cases(
@@ -412,34 +348,14 @@ def _convert_cases(
     num_processes: int | None,
     progress: bool,
 ) -> None:
-    processes = min(8, os.cpu_count() or 1) if num_processes is None else num_processes
     extra = {case.identifier for case in layout.extra}
     tasks = {n: (case, prepare_image if n in extra else layout.prepare, conversion) for n, case in todo.items()}
-    failed = {}
-    for name, outcome in run_cases(
-        convert_case, tasks, num_processes=processes, description="Converting", progress=progress
-    ):
-        if isinstance(outcome, CaseFailure):
-            failed[name] = outcome
-            continue
-        for warning in outcome["warnings"]:
+    made = conversion.records.make(
+        convert_case, tasks, num_processes=num_processes, description="Converting", progress=progress
+    )
+    for name, record in made:
+        for warning in record["warnings"]:
             logger.warning("%s: %s.", name, warning)
-    if failed:
-        for name in sorted(failed):
-            logger.debug("Conversion of %s failed:\n%s", name, failed[name].details)
-        warn_if_disk_is_full(conversion.target)
-        lines = [f"  {name}: {failed[name].reason}" for name in sorted(failed)]
-        raise DatasetError(
-            f"{len(failed)} of {len(todo)} cases were not converted (the others are done and kept; run the command "
-            "again after repairing these):\n" + "\n".join(lines)
-        )
-
-
-def _records(target: Path) -> dict[str, dict[str, Any]]:
-    """Return the record of every case in the target."""
-    files = sorted((target / RECORDS).glob("*.json"))
-    found = {file.stem: read_json_if_valid(file) for file in files if file.name != SOURCE}
-    return {name: record for name, record in found.items() if record}
 
 
 def _dataset_json(

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _FUNCTIONS = {
     "convert_dataset": "lgssl_nnunet.dataset_conversion.datasets",
+    "merge_datasets": "lgssl_nnunet.plans.merge",
     "prompts": "lgssl_nnunet.plans.prompt_overview",
     "plan_and_preprocess": "lgssl_nnunet.plans.plan",
     "sparse_annotation": "lgssl_nnunet.plans.sparse_annotation",

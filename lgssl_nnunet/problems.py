@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.errors import DatasetError, LGSSLError
 
 MAX_LISTED = 50
 
@@ -28,8 +28,8 @@ class Problem:
         return f"{self.file}: {self.problem}; {self.remedy}."
 
 
-def raise_if_any(problems: Iterable[Problem], dataset_name: str) -> None:
-    """Raise one error that lists the problems, one line each.
+def raise_if_any(problems: Iterable[Problem | LGSSLError], dataset_name: str) -> None:
+    """Raise one error that lists the problems, one line each; an error's own list is indented.
 
     Raises:
         DatasetError: there is at least one problem; at most `MAX_LISTED` are listed, the rest is counted.
@@ -38,7 +38,7 @@ def raise_if_any(problems: Iterable[Problem], dataset_name: str) -> None:
     if not problems:
         return
     lines = [f"{dataset_name} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
-    lines += [f"  {problem}" for problem in problems[:MAX_LISTED]]
+    lines += [f"  {problem}".replace("\n", "\n  ") for problem in problems[:MAX_LISTED]]
     if len(problems) > MAX_LISTED:
         lines.append(f"  ... and {len(problems) - MAX_LISTED} more.")
     raise DatasetError("\n".join(lines))

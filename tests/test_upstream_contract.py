@@ -36,6 +36,7 @@ VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
 EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
 PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
 EXPORT = "lgssl_nnunet/inference/export.py"
+CLASSES = "lgssl_nnunet/inference/classes.py"
 STORED = "lgssl_nnunet/inference/stored_model.py"
 KNOWN = "lgssl_nnunet/inference/known_classes.py"
 STOCK = "lgssl_nnunet/inference/stock_model.py"
@@ -277,7 +278,13 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     "batchgenerators/augmentations/utils.py: resize_segmentation": (f"{RESAMPLING}: resample_labels",),
     "batchgenerators/augmentations/utils.py: _resample_seg_by_argmax": (f"{RESAMPLING}: _vote",),
-    f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (f"{SELECTION_MAPS}: _itk_image",),
+    f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIO.write_seg": (
+        f"{SELECTION_MAPS}: _itk_image",
+        "plans/merge.py: _write_changed",
+    ),
+    "nnunetv2/preprocessing/normalization/map_channel_name_to_normalization.py: get_normalization_scheme": (
+        "plans/merged_sources.py: _channel_problems",
+    ),
     f"{IMAGE_IO}/simpleitk_reader_writer.py: SimpleITKIOWithReorient": (f"{SELECTION_MAPS}: _itk_image",),
     f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIO": (f"{SELECTION_MAPS}: _nibabel_image",),
     f"{IMAGE_IO}/nibabel_reader_writer.py: NibabelIOWithReorient": (f"{SELECTION_MAPS}: _nibabel_image",),
@@ -296,6 +303,15 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{UTILITIES}/json_export.py: recursive_fix_for_json_export": (f"{EVALUATION_FILES}: _summary",),
     # Plans, labels and networks.
     f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager": (f"{STORED}: _stored", f"{BASE}.__init__"),
+    f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager.__init__": (f"{CLASSES}: PlansForClasses.__init__",),
+    f"{UTILITIES}/label_handling/label_handling.py: LabelManager.__init__": (f"{CLASSES}: ChosenClasses.__init__",),
+    f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager.get_label_manager": (
+        f"{CLASSES}: PlansForClasses.get_label_manager",
+    ),
+    f"{UTILITIES}/label_handling/label_handling.py: LabelManager.convert_probabilities_to_segmentation": (
+        f"{CLASSES}: ChosenClasses.convert_probabilities_to_segmentation",
+    ),
+    f"{UTILITIES}/label_handling/label_handling.py: LabelManager.has_regions": (f"{CLASSES}: ChosenClasses",),
     f"{UTILITIES}/plans_handling/plans_handler.py: ConfigurationManager": (
         "lgssl_nnunet/networks/language_guided.py: build_language_guided_unet",
         f"{BASE}.get_dataloaders",
@@ -366,6 +382,8 @@ SUBCLASSES = {
     VIEWS: (f"{TRANSFORMS}/base/basic_transform.py: BasicTransform",),
     MIXIN: (PLANNER, f"{RESENC}: ResEncUNetPlanner"),
     CPU_PLANNER: (PLANNER,),
+    f"{CLASSES}: ChosenClasses": (f"{UTILITIES}/label_handling/label_handling.py: LabelManager",),
+    f"{CLASSES}: PlansForClasses": (f"{UTILITIES}/plans_handling/plans_handler.py: PlansManager",),
 }
 
 # Fields of a syntax tree that say nothing about what the code does, or that differ between Python versions.

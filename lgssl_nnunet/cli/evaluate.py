@@ -14,6 +14,7 @@ _EXAMPLES = f"""\
 examples:
   lgssl_evaluate labelsTs segmentations
   lgssl_evaluate labelsTs segmentations --report --tolerance 2 --lesion_classes tumour
+  lgssl_evaluate labelsTs segmentations --group Dataset501_LeftAtrium
   lgssl_evaluate labelsTs segmentations -djfile dataset.json -pfile plans.json -o results/summary.json
 
 Prints the metrics per class and writes nnU-Net's summary.json and, beside it, summary_per_case.csv (every metric of
@@ -54,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         "name says tumour, lesion, metastasis, cancer, carcinoma, nodule, cyst ...)",
     )
     parser.add_argument(
+        "--group",
+        metavar="NAME",
+        help="evaluate the cases of this group of dataset.json, such as one of several merged datasets, by the classes "
+        "that it annotates; the summary is then summary_NAME.json (default: all cases)",
+    )
+    parser.add_argument(
         "--no_surface_metrics",
         action="store_true",
         help="leave out the surface distances, which take most of the time (about 13 s for a liver in 512x512x200)",
@@ -87,6 +94,7 @@ def _run(arguments: argparse.Namespace) -> None:
         output=arguments.o,
         tolerance=arguments.tolerance,
         lesion_classes=arguments.lesion_classes,
+        group=arguments.group,
         surface_metrics=not arguments.no_surface_metrics,
         num_processes=arguments.np,
         chill=arguments.chill,

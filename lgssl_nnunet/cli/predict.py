@@ -19,6 +19,7 @@ examples:
   lgssl_predict -i imagesTs -o segmentations
   lgssl_predict -i scan.nii.gz -o segmentations -d 501 -tr LGSSLTrainer
   lgssl_predict -i imagesTs -o segmentations -m MODEL_FOLDER -f 0 1 2 --precision fp32
+  lgssl_predict -i imagesTs -o segmentations --classes liver spleen
   lgssl_predict -i imagesTs -o segmentations -m liver.zip      # a bundle of lgssl_export_model
 
 Without -d, -tr, -p, -c: if all finished models belong to one dataset, its newest one predicts, a semi-supervised
@@ -55,6 +56,13 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o", required=True, metavar="OUTPUT", help="folder for the segmentations CASE.nii.gz; made if missing"
     )
+    group.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="write only these classes (or regions), with their values in dataset.json; decided over all classes, "
+        "what the others win becomes background (default: all)",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace segmentations that OUTPUT already holds")
     group.add_argument(
         "--continue_prediction",
@@ -65,7 +73,7 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--save_probabilities",
         action="store_true",
-        help="also write the class probabilities (CASE.npz, CASE.pkl), which nnUNetv2_ensemble needs",
+        help="also write the probabilities of all classes (CASE.npz, CASE.pkl), which nnUNetv2_ensemble needs",
     )
     group.add_argument(
         "--save_selection_maps",
@@ -168,6 +176,7 @@ def _run(arguments: argparse.Namespace) -> None:
         trust_checkpoint=arguments.trust_checkpoint,
         step_size=arguments.step_size,
         disable_tta=arguments.disable_tta,
+        classes=arguments.classes,
         save_probabilities=arguments.save_probabilities,
         save_selection_maps=arguments.save_selection_maps,
         continue_prediction=arguments.continue_prediction,

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lgssl_nnunet.errors import DatasetError, PlansError, UsageError, install_ex
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion, measure_case
 from lgssl_nnunet.evaluation.evaluation_files import write_results
 from lgssl_nnunet.evaluation.lesions import lesion_class_names
+from lgssl_nnunet.evaluation.part import cases_of_group, classes_of_part, summary_name
 from lgssl_nnunet.evaluation.surfaces import available_columns, missing_columns
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import find_reader
@@ -38,6 +39,7 @@ def evaluate(
     output: str | Path | None = None,
     tolerance: float = DEFAULT_TOLERANCE,
     lesion_classes: Sequence[str] | None = None,
+    group: str | None = None,
     surface_metrics: bool = True,
     num_processes: int = DEFAULT_WORKERS,
     chill: bool = False,
@@ -46,18 +48,22 @@ def evaluate(
     """Measure overlap, surface distances and lesions per class and case; write nnU-Net's summary.json and our tables.
 
     What the columns mean is said in `ClassResult`. The surface columns need the extra `evaluation`; without it they are
-    left out. With worker processes a script needs the usual `if __name__ == "__main__":` around its code.
+    left out. Of predictions that hold some classes only (`lgssl_predict --classes`), these are measured. With worker
+    processes a script needs the usual `if __name__ == "__main__":` around its code.
 
     Args:
         reference: folder with the reference segmentations.
         prediction: folder with the predicted segmentations, under the same file names.
         dataset_json: the dataset's description; by default the one that prediction left in `prediction`.
         plans: the plans; by default those in `prediction`, and without any nnU-Net's usual reading of the labels.
-        output: the summary, ending in .json; by default `prediction`/summary.json. The table per case is written
-            beside it with `_per_case.csv` instead of `.json`, the means per class with `_per_class.json`.
+        output: the summary, ending in .json; by default `prediction`/summary.json (of a group summary_GROUP.json). The
+            table per case is written beside it with `_per_case.csv` instead of `.json`, the means per class with
+            `_per_class.json`.
         tolerance: tolerance of the surface Dice in mm.
         lesion_classes: names of the classes whose lesions are counted; None takes those whose names say so (tumour,
             lesion, metastasis, cancer, carcinoma, nodule, cyst ...).
+        group: evaluate the cases of one of the `groups` in dataset.json, by the classes that it annotates; None for
+            all cases.
         surface_metrics: measure surface distances, which takes most of the time.
         num_processes: worker processes; 0 does the work in this process.
         chill: evaluate the cases that are there instead of refusing when predictions are missing.
@@ -72,10 +78,10 @@ def evaluate(
         DatasetError: missing folders, predictions or references (all named), or segmentations that are damaged or do
             not match.
         PlansError: dataset.json or plans.json is missing or unreadable.
-        UsageError: a tolerance that is no length, or lesion classes that dataset.json does not have.
+        UsageError: a tolerance that is no length, or lesion classes or a group that dataset.json does not have.
     """
     reference, prediction = Path(reference).expanduser(), Path(prediction).expanduser()
-    summary_file = Path(output).expanduser() if output else prediction / "summary.json"
+    summary_file = Path(output).expanduser() if output else prediction / summary_name(group)
     if summary_file.suffix != ".json":
         raise DatasetError(f"-o {summary_file}: the summary is JSON; give a file that ends in .json.")
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -83,10 +89,11 @@ def evaluate(
     _require_folders(reference, prediction)
     dataset = _read_description(dataset_json, prediction, "dataset.json", "-djfile")
     labels = _label_manager(plans, dataset, prediction)
-    names = _class_names(labels)
+    belongs = cases_of_group(dataset, group)
+    names = classes_of_part(_class_names(labels), dataset, group, prediction)
     lesions = _lesion_classes(lesion_classes, list(names.values()))
     ending = dataset["file_ending"]
-    files = _matching_files(reference, prediction, ending, chill)
+    files = _matching_files(reference, prediction, ending, chill, belongs)
     columns = available_columns() if surface_metrics else ()
     settings = CaseSettings(find_reader(dataset, reference / files[0]), labels, names, columns, tolerance, lesions)
     if surface_metrics:
@@ -141,13 +148,18 @@ def _require_folders(reference: Path, prediction: Path) -> None:
             raise DatasetError(f"{folder} {problem}; give the folder of the {what}.")
 
 
-def _matching_files(reference: Path, prediction: Path, file_ending: str, chill: bool) -> list[str]:
-    """Return the file names to compare, in nnU-Net's order.
+def _matching_files(
+    reference: Path, prediction: Path, file_ending: str, chill: bool, belongs: Callable[[str], bool]
+) -> list[str]:
+    """Return the file names to compare of the cases that belong to the evaluation, in nnU-Net's order.
 
     Raises:
         DatasetError: predictions are missing, all named (with `chill` only if all are), or nothing has a reference.
     """
-    references, predictions = (_segmentations(folder, file_ending) for folder in (reference, prediction))
+    references, predictions = (
+        [name for name in _segmentations(folder, file_ending) if belongs(name.removesuffix(file_ending))]
+        for folder in (reference, prediction)
+    )
     missing = [name for name in references if name not in predictions]
     surplus = [name for name in predictions if name not in references]
     both = [name for name in predictions if name in references]

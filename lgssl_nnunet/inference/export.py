@@ -18,6 +18,8 @@ from nnunetv2.preprocessing.resampling.default_resampling import determine_do_se
 from torch import Tensor
 from torch.nn import functional
 
+from lgssl_nnunet.inference.classes import ChosenClasses
+
 if TYPE_CHECKING:
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -108,7 +110,7 @@ def _decide(logits: Tensor, label_manager: LabelManager) -> Tensor:
         higher = logits[channel] > largest
         labels.masked_fill_(higher, channel)
         torch.maximum(largest, logits[channel], out=largest)
-    return labels
+    return label_manager.only_chosen(labels) if isinstance(label_manager, ChosenClasses) else labels
 
 
 def _resampled_slab(logits: Tensor, shape: Sequence[int], nearest: int | None, start: int, stop: int) -> Tensor:

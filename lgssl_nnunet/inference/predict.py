@@ -20,6 +20,7 @@ import torch
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import read_json_if_valid, warn_if_disk_is_full, write_json
 from lgssl_nnunet.inference.cases import ImageRules, Inputs, collect_images, segmentation_problem
+from lgssl_nnunet.inference.classes import chosen_classes
 from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, ChosenModel, select_model
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, remove_leftovers, resolve_precision
@@ -54,6 +55,7 @@ def predict(
     precision: str = "auto",
     step_size: float = 0.5,
     disable_tta: bool = False,
+    classes: Sequence[str] | None = None,
     save_probabilities: bool = False,
     save_selection_maps: bool = False,
     continue_prediction: bool = False,
@@ -89,7 +91,9 @@ def predict(
             writes), "fp32", "bf16" or "fp16".
         step_size: distance of neighbouring windows as a fraction of the patch, over 0 up to 1.
         disable_tta: do not average over mirrored images; up to 8 times faster, a little worse.
-        save_probabilities: also write `<case>.npz` and `<case>.pkl`, for nnUNetv2_ensemble.
+        classes: names of the classes or regions that segmentations hold, with their values in dataset.json; None for
+            all. Every voxel is decided over all classes, and what the others win becomes background.
+        save_probabilities: also write `<case>.npz` and `<case>.pkl`, for nnUNetv2_ensemble; those of all classes.
         save_selection_maps: also write `selection_maps/<case><ending>`, where the text-vision fusion of LGSSLTrainer
             lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
             `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
@@ -111,8 +115,8 @@ def predict(
         The segmentation of each case of this part, in alphabetical order.
 
     Raises:
-        UsageError: arguments that do not fit, several datasets to choose from, an output that would be lost, or
-            selection maps of a model without prompts or in a format without fractions.
+        UsageError: arguments that do not fit, several datasets to choose from, a class that the model does not have, an
+            output that would be lost, or selection maps of a model without prompts or in a format without fractions.
         CheckpointError: no finished model, or a damaged one.
         DatasetError: images that do not fit the model; all problems together.
         FolderBusyError: another call is predicting into `output`.
@@ -122,9 +126,8 @@ def predict(
     device = choose_device(device)
     precision = resolve_precision(precision, device)
     chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
-    logger.info("Model: %s", chosen)
+    rules, classes = _announce(chosen, classes)
     output = Path(output).expanduser()
-    rules = image_rules(chosen.model.read_json("plans.json"), chosen.model.read_json("dataset.json"), chosen.folder)
     cases = _cases(input, output, rules, save_selection_maps)[part_id::num_parts]
     predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
@@ -135,8 +138,8 @@ def predict(
         verbose=verbose,
         progress=progress and sys.stderr.isatty(),
     )
-    predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint)
-    records = _records(chosen, predictor)
+    predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint, classes)
+    records = _records(chosen, predictor, classes)
     options = {
         "save_probabilities": save_probabilities,
         "num_processes_preprocessing": num_processes_preprocessing,
@@ -149,6 +152,14 @@ def predict(
         _predict_all(predictor, todo, options)
     logger.info("Segmentations are in %s", output)
     return [case.output for case in cases]
+
+
+def _announce(chosen: ChosenModel, classes: Sequence[str] | None) -> tuple[ImageRules, tuple[str, ...] | None]:
+    """Say which model predicts, and return what it expects of images and which of its classes are written."""
+    logger.info("Model: %s", chosen)
+    dataset_json = chosen.model.read_json("dataset.json")
+    rules = image_rules(chosen.model.read_json("plans.json"), dataset_json, chosen.folder)
+    return rules, chosen_classes(classes, dataset_json)
 
 
 @contextmanager
@@ -253,10 +264,13 @@ def _has_map(case: Case) -> bool:
     return all(file.is_file() for file in selection_map_files(case))
 
 
-def _records(chosen: ChosenModel, predictor: LGSSLPredictor) -> dict[str, dict[str, Any]]:
+def _records(
+    chosen: ChosenModel, predictor: LGSSLPredictor, classes: Sequence[str] | None
+) -> dict[str, dict[str, Any]]:
     """Return the files that go beside the segmentations: nnU-Net's two, and what made the segmentations.
 
-    All of `model` and `settings` decides voxels, the rest is for people.
+    All of `model` and `settings` decides voxels, the rest is for people. `classes` is there only where not all are
+    written: folders that other releases wrote can be continued.
     """
     made_by = {
         "model": {
@@ -273,6 +287,7 @@ def _records(chosen: ChosenModel, predictor: LGSSLPredictor) -> dict[str, dict[s
             "precision": predictor.precision,
             "step_size": predictor.tile_step_size,
             "mirroring_axes": list(predictor.allowed_mirroring_axes or ()) if predictor.use_mirroring else [],
+            **({} if classes is None else {"classes": list(classes)}),
         },
         "chosen_because": chosen.reason,
         "device": str(predictor.device),

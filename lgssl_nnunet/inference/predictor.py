@@ -31,6 +31,7 @@ from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import DatasetError, LGSSLError, UsageError
 from lgssl_nnunet.files import move_into_place
 from lgssl_nnunet.inference.cases import require_finite
+from lgssl_nnunet.inference.classes import PlansForClasses
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
 from lgssl_nnunet.inference.stored_model import read_stored_model
@@ -120,6 +121,7 @@ class LGSSLPredictor(nnUNetPredictor):
         folds: Sequence[int | str],
         checkpoint_name: str = FINAL_CHECKPOINT,
         trust: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         """Build the network of a model and load the weights of its folds, whose logits are averaged.
 
@@ -128,6 +130,7 @@ class LGSSLPredictor(nnUNetPredictor):
             folds: the folds to use.
             checkpoint_name: the checkpoint's file name.
             trust: as for `read_checkpoint`.
+            classes: the classes that segmentations hold; None for all.
 
         Raises:
             CheckpointError: a file is missing or damaged or holds more than numbers, the plans name a class that is no
@@ -135,9 +138,10 @@ class LGSSLPredictor(nnUNetPredictor):
             UsageError: the trainer is unknown, or the configuration is a cascade.
         """
         stored = read_stored_model(folder, folds, checkpoint_name, trust)
+        plans = stored.plans_manager
         self.manual_initialization(
             stored.network_with_weights(),
-            stored.plans_manager,
+            plans if classes is None else PlansForClasses(plans.plans, classes),
             stored.configuration_manager,
             list(stored.weights.values()),
             stored.dataset_json,

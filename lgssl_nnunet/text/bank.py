@@ -127,11 +127,10 @@ class EmbeddingBank:
         return self._lookup_structure(prompt)
 
     def _lookup_structure(self, prompt: Prompt) -> BankEntry | None:
-        phrase = normalise(_without_article(prompt.phrase or ""))
-        structure = structure_names().get(phrase)
+        structure = structure_of(prompt.phrase or "")
         if structure is None:
             return None
-        matched = "class name" if phrase == normalise(structure) else "synonym"
+        matched = "class name" if normalise(without_article(prompt.phrase)) == normalise(structure) else "synonym"
         for text in (template_sentence(structure, prompt.modality), structure):
             row = self._rows.get(normalise(text))
             if row is not None:
@@ -157,6 +156,11 @@ def load_structures(path: str | Path = STRUCTURES_FILE) -> dict[str, list[str]]:
 def structure_names() -> dict[str, str]:
     """Map every normalised name and synonym to the structure's name in the bank."""
     return index_structures(load_structures())
+
+
+def structure_of(phrase: str) -> str | None:
+    """Return the bank's structure that a phrase names, for example "inferior vena cava" for "the postcava", or None."""
+    return structure_names().get(normalise(without_article(phrase)))
 
 
 def index_structures(structures: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -187,7 +191,8 @@ def _side_variants(key: str) -> list[str]:
     return [key, f"{rest} {side}"] if side in ("left", "right") and rest else [key]
 
 
-def _without_article(phrase: str) -> str:
+def without_article(phrase: str) -> str:
+    """Return a phrase without the article that it begins with."""
     return re.sub(r"^(a|an|the)\s+", "", phrase, flags=re.IGNORECASE)
 
 

@@ -153,8 +153,21 @@ def prompt_modality(dataset_json: Mapping[str, Any]) -> str:
     """Tell from `channel_names` (or nnU-Net v1's `modality`) which template fits: `CT`, `MRI` or `other`."""
     channels = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
     names = channels.values() if isinstance(channels, Mapping) else channels
-    found = {_channel_modality(str(name)) for name in names}
+    found = {modality_of(str(name)) for name in names}
     return found.pop() if len(found) == 1 else OTHER
+
+
+def modality_of(text: str) -> str:
+    """Return which modality the words of a channel name or sentence tell: `CT`, `MRI`, or `other` for none or several.
+
+    Args:
+        text: for example "T1w", or "An MRI scan showing the liver".
+    """
+    words = set(re.findall(r"[a-z0-9]+", text.lower()))
+    found = [modality for modality, known in _CHANNEL_WORDS.items() if words & set(known.split())]
+    if not found and words & {"computed", "computerized"} and "tomography" in words:
+        found = [CT]
+    return found[0] if len(found) == 1 else OTHER
 
 
 def templates(modality: str) -> tuple[str, ...]:
@@ -174,6 +187,19 @@ def template_sentence(phrase: str, modality: str) -> str:
     """
     article = _indefinite_article(phrase) if modality == CT else "the"
     return templates(modality)[0].format(_with_article(phrase, article))
+
+
+def phrase_of(sentence: str) -> str | None:
+    """Return the phrase of a sentence that is worded in one of the templates, with its article; None for another one.
+
+    Args:
+        sentence: for example "A magnetic resonance image of the liver".
+    """
+    for before, after in (template.split("{}") for worded in _TEMPLATES.values() for template in worded):
+        found = re.fullmatch(f"{re.escape(before)}(?P<phrase>.+){re.escape(after)}", sentence.strip().rstrip("."))
+        if found:
+            return found["phrase"]
+    return None
 
 
 def phrase_prompt(class_name: str, phrase: str, modality: str, *, ensemble: bool = False) -> Prompt:
@@ -260,14 +286,6 @@ def _indefinite_article(phrase: str) -> str:
     if _WORD_WITH_YOU_SOUND.match(word):
         return "a"
     return "an" if word[:1].lower() in ("a", "e", "i", "o", "u") else "a"
-
-
-def _channel_modality(channel_name: str) -> str:
-    words = set(re.findall(r"[a-z0-9]+", channel_name.lower()))
-    found = [modality for modality, known in _CHANNEL_WORDS.items() if words & set(known.split())]
-    if not found and words & {"computed", "computerized"} and "tomography" in words:
-        found = [CT]
-    return found[0] if len(found) == 1 else OTHER
 
 
 def _label_values(name: str, value: Any) -> tuple[int, ...]:

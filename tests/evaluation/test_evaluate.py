@@ -442,7 +442,7 @@ def test_every_flag_of_the_command_reaches_the_function(monkeypatch, capsys):
         module, "evaluate", lambda *folders, **options: seen.update(options, folders=folders) or results
     )
     words = "-djfile D -pfile P -o S.json -np 3 --chill --tolerance 2 --lesion_classes liver cyst --no_surface_metrics"
-    assert command.main(["REFERENCE", "PREDICTION", *words.split()]) == 0
+    assert command.main(["REFERENCE", "PREDICTION", *words.split(), "--group", "A"]) == 0
     assert seen == {
         "folders": ("REFERENCE", "PREDICTION"),
         "dataset_json": "D",
@@ -450,6 +450,7 @@ def test_every_flag_of_the_command_reaches_the_function(monkeypatch, capsys):
         "output": "S.json",
         "tolerance": 2.0,
         "lesion_classes": ["liver", "cyst"],
+        "group": "A",
         "surface_metrics": False,
         "num_processes": 3,
         "chill": True,

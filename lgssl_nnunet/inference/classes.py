@@ -1,0 +1,90 @@
+"""Segmentations that hold only some of a model's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor
+
+from lgssl_nnunet.errors import UsageError
+
+
+def chosen_classes(asked: Sequence[str] | None, dataset_json: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the classes to write, in the order of dataset.json; None for all.
+
+    Args:
+        asked: names of classes or regions; None for all.
+        dataset_json: of the model.
+
+    Raises:
+        UsageError: no name was given, or one that is no foreground class of the model.
+    """
+    if asked is None:
+        return None
+    there = _foreground(dataset_json["labels"])
+    unknown = [name for name in asked if name not in there]
+    if unknown or not asked:
+        problem = f"the model has no class {', '.join(map(repr, unknown))}" if unknown else "no class is named"
+        raise UsageError(f"--classes: {problem}; choose among {', '.join(map(repr, there))}.")
+    return tuple(name for name in there if name in asked)
+
+
+class ChosenClasses(LabelManager):
+    """nnU-Net's reading of the labels, by which a segmentation holds some classes and background.
+
+    Classes compete as ever, and what the others win becomes background. Regions do not compete: those that are not
+    chosen are not painted.
+
+    Args:
+        dataset_json: of the model.
+        names: the classes or regions to write.
+    """
+
+    def __init__(self, dataset_json: Mapping[str, Any], names: Sequence[str]) -> None:
+        super().__init__(dataset_json["labels"], dataset_json.get("regions_class_order"))
+        self._is_chosen = [name in names for name in _foreground(self.label_dict)]
+        self._values = [int(np.atleast_1d(self.label_dict[name])[0]) for name in names]
+
+    @torch.inference_mode()
+    def convert_probabilities_to_segmentation(
+        self, predicted_probabilities: np.ndarray | Tensor
+    ) -> np.ndarray | Tensor:
+        """Return the labels (X, Y, Z) of probabilities or logits (C, X, Y, Z), which stay as they are."""
+        if not self.has_regions:
+            return self.only_chosen(super().convert_probabilities_to_segmentation(predicted_probabilities))
+        make = np.array if isinstance(predicted_probabilities, np.ndarray) else torch.tensor
+        painted = make(self._is_chosen).reshape(-1, *[1] * (predicted_probabilities.ndim - 1))
+        return super().convert_probabilities_to_segmentation(predicted_probabilities * painted)
+
+    def only_chosen(self, labels: np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """Return labels with all but the chosen classes replaced by background; not for regions."""
+        if isinstance(labels, np.ndarray):
+            return labels * np.isin(labels, self._values)
+        return labels * torch.isin(labels, torch.tensor(self._values, dtype=labels.dtype))
+
+
+class PlansForClasses(PlansManager):
+    """Plans whose labels are read as `ChosenClasses`, also by nnU-Net's own export.
+
+    Args:
+        plans: of the model.
+        names: the classes or regions to write.
+    """
+
+    def __init__(self, plans: dict[str, Any], names: Sequence[str]) -> None:
+        super().__init__(plans)
+        self._names = tuple(names)
+
+    def get_label_manager(self, dataset_json: dict[str, Any], **options: Any) -> LabelManager:
+        """Return the reading of the labels of dataset.json."""
+        return ChosenClasses(dataset_json, self._names)
+
+
+def _foreground(labels: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes or regions, in the order of nnU-Net's regions."""
+    return [name for name, value in labels.items() if name != "ignore" and set(np.atleast_1d(value)) != {0}]

@@ -1,0 +1,290 @@
+"""The classes of a merged dataset: the union, in which one structure under several names is one class.
+
+Two classes are one if a user says so (`same`), or if their texts name one structure: equal words, or names of one
+structure in the bank's table of synonyms. The text of a class is its prompt where it has one, else its name, so that
+the "tumour" of two datasets whose prompts are "liver tumour" and "kidney tumour" stays two classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lgssl_nnunet.paths import is_dataset
+from lgssl_nnunet.problems import Problem
+from lgssl_nnunet.text.bank import normalise, structure_of, without_article
+from lgssl_nnunet.text.prompts import CT, MRI, build_prompts, modality_of, phrase_of
+
+logger = logging.getLogger(__name__)
+
+_RESERVED = ("background", "ignore")
+_LOOKS_ALIKE = 0.85
+"""Of difflib's ratio; "gallbladder" and "galbladder" have 0.95, "left kidney" and "right kidney" 0.78."""
+
+
+@dataclass(frozen=True)
+class SourceClass:
+    """A class of one of the datasets that are merged.
+
+    Attributes:
+        dataset: name of the dataset's folder.
+        name: in its dataset.json.
+        value: of its voxels.
+        text: the phrase that says what it is, without an article.
+        prompt: what its dataset.json has as its prompt; None for none.
+    """
+
+    dataset: str
+    name: str
+    value: int
+    text: str
+    prompt: str | Sequence[str] | None = field(default=None, compare=False)
+
+    @property
+    def identity(self) -> str:
+        """What is equal for classes of one structure."""
+        return structure_of(self.text) or normalise(self.text)
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.name!r} ({self.value})"
+
+
+@dataclass(frozen=True)
+class MergedClass:
+    """A class of the merged dataset.
+
+    Attributes:
+        name: in the merged dataset.json.
+        members: the classes that it is made of, in the order of the datasets.
+        reason: why they are one; empty for a single one.
+    """
+
+    name: str
+    members: tuple[SourceClass, ...]
+    reason: str = ""
+
+    @property
+    def datasets(self) -> set[str]:
+        """The datasets that annotate it."""
+        return {member.dataset for member in self.members}
+
+
+def classes_of(dataset: str, dataset_json: Mapping[str, Any]) -> list[SourceClass]:
+    """Return the foreground classes of a dataset by ascending value; it has no regions.
+
+    Args:
+        dataset: name of its folder.
+        dataset_json: its content.
+
+    Raises:
+        PromptError: dataset.json has impossible prompts, or two names for one value.
+    """
+    found = []
+    for prompt in build_prompts(dataset_json):
+        name = prompt.class_name
+        value = label_value(dataset_json["labels"][name])
+        if value > 0:
+            phrases = [text.phrase or phrase_of(text.sentence) for text in prompt.texts]
+            text = without_article(next(filter(None, phrases), name))
+            found.append(SourceClass(dataset, name, value, text, (dataset_json.get("prompts") or {}).get(name)))
+    return found
+
+
+def label_value(value: int | Sequence[int]) -> int:
+    """Return the value of a class, which nnU-Net also takes as a list of one."""
+    return value if isinstance(value, int) else value[0]
+
+
+def merge_classes(
+    classes: Sequence[SourceClass], same: Sequence[Sequence[str]] = (), keep_apart: Sequence[str] = ()
+) -> tuple[list[MergedClass], list[Problem]]:
+    """Return the classes of the merged dataset in the order in which they first appear, and what is wrong.
+
+    Args:
+        classes: those of all datasets.
+        same: groups of classes that are one, by name or as `DATASET:NAME`; the first name is that of the class.
+        keep_apart: classes that are one with no other, by name or as `DATASET:NAME`.
+    """
+    chains, problems = _chains(classes, same)
+    apart, more = _named(classes, keep_apart, "--keep_apart")
+    problems += more
+    for member in sorted(set(apart) & set(itertools.chain(*chains.values())), key=str):
+        problems.append(Problem(str(member), "is named by --same and by --keep_apart", "name it in one of the two"))
+    groups = _groups(classes, chains, apart)
+    problems += [problem for group in groups for problem in _joined_within_a_dataset(group, chains)]
+    names = _names(groups, chains)
+    for name in sorted({name for name in names if names.count(name) > 1 or name in _RESERVED}):
+        problem = f"would have several classes called {name!r}, or a class with a name of nnU-Net's own"
+        problems.append(Problem("dataset.json", problem, 'give another name with --same "NAME=CLASS=CLASS"'))
+    merged = [
+        MergedClass(name, tuple(group), _reason(group, chains)) for name, group in zip(names, groups, strict=True)
+    ]
+    return merged, problems
+
+
+def merged_prompts(merged: Sequence[MergedClass], *, mixed: bool) -> dict[str, Any]:
+    """Return the `prompts` block of the merged dataset.
+
+    Args:
+        merged: the classes.
+        mixed: the images are of several modalities. A sentence in one of the templates is then taken back to its
+            phrase, because the modality that it tells is wrong for some of the images; one that tells a modality in
+            other words is kept, with a warning.
+    """
+    prompts = {}
+    for entry in merged:
+        prompt = _prompt(entry)
+        if prompt is not None:
+            prompts[entry.name] = _without_modality(entry.name, prompt) if mixed else prompt
+    return prompts
+
+
+def look_alike(merged: Sequence[MergedClass]) -> Iterator[tuple[MergedClass, MergedClass]]:
+    """Yield pairs of classes that no dataset has both of, and whose texts are nearly the same or contain each other."""
+    for first, second in itertools.combinations(merged, 2):
+        one, other = first.members[0].identity, second.members[0].identity
+        words = set(one.split()), set(other.split())
+        similar = difflib.SequenceMatcher(None, one, other).ratio() > _LOOKS_ALIKE
+        if not first.datasets & second.datasets and (similar or words[0] <= words[1] or words[1] <= words[0]):
+            yield first, second
+
+
+def _chains(
+    classes: Sequence[SourceClass], same: Sequence[Sequence[str]]
+) -> tuple[dict[str, list[SourceClass]], list[Problem]]:
+    """Return the members of each group of `same` by the name of its class, and what is wrong with the groups."""
+    chains: dict[str, list[SourceClass]] = {}
+    problems = []
+    for names in same:
+        shown = "--same " + "=".join(names)
+        # The first may be a new name; of the others each is a class.
+        first, _ = _named(classes, names[:1], shown)
+        others, missing = _named(classes, names[1:], shown)
+        members = list(dict.fromkeys([*first, *others]))
+        problems += missing
+        if not missing and len(members) < 2:
+            problem = f"joins {'one class only' if members else 'no class'}"
+            problems.append(Problem(shown, problem, f"name two or more of {_listed(classes)}"))
+        twice = sorted(set(members) & set(itertools.chain(*chains.values())), key=str)
+        problems += [Problem(shown, f"names {member}, as another --same does", "join all in one") for member in twice]
+        chains[_without_dataset(names[0], classes)] = members
+    return chains, problems
+
+
+def _named(classes: Sequence[SourceClass], names: Iterable[str], shown: str) -> tuple[list[SourceClass], list[Problem]]:
+    """Return the classes that are meant by names, and a problem for each name that means none."""
+    found, problems = [], []
+    for name in names:
+        members = [member for member in classes if _means(name, member)]
+        found += members
+        if not members:
+            remedy = f"name a class of these: {_listed(classes)}"
+            problems.append(Problem(shown, f"no dataset has a class {name!r}", remedy))
+    return found, problems
+
+
+def _means(name: str, member: SourceClass) -> bool:
+    dataset, separator, alone = name.partition(":")
+    if separator and is_dataset(member.dataset, dataset):
+        return normalise(alone) == normalise(member.name)
+    return normalise(name) == normalise(member.name)
+
+
+def _without_dataset(name: str, classes: Sequence[SourceClass]) -> str:
+    dataset, separator, alone = name.partition(":")
+    qualified = separator and any(is_dataset(member.dataset, dataset) for member in classes)
+    return alone if qualified else name
+
+
+def _groups(
+    classes: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]], apart: Sequence[SourceClass]
+) -> list[list[SourceClass]]:
+    """Return the classes grouped by structure: what is linked by a group of `same` or by the text is one."""
+    group_of: dict[SourceClass, list[SourceClass]] = {member: [member] for member in classes}
+    by_text: dict[str, list[SourceClass]] = {}
+    for member in classes:
+        if member not in apart:
+            by_text.setdefault(member.identity, []).append(member)
+    for linked in (*chains.values(), *by_text.values()):
+        for member in linked[1:]:
+            first, second = group_of[linked[0]], group_of[member]
+            if first is not second:
+                first += second
+                group_of.update(dict.fromkeys(second, first))
+    order = {member: position for position, member in enumerate(classes)}
+    unique = {id(group): sorted(group, key=order.__getitem__) for group in group_of.values()}
+    return sorted(unique.values(), key=lambda group: order[group[0]])
+
+
+def _joined_within_a_dataset(
+    group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]]
+) -> Iterator[Problem]:
+    """Yield a problem where two classes of one dataset became one and nobody said so."""
+    for first, second in itertools.combinations(group, 2):
+        said = any(first in chain and second in chain for chain in chains.values())
+        if first.dataset == second.dataset and not said:
+            remedy = f'say so with --same "{first.name}={second.name}", or keep one out of it with --keep_apart'
+            problem = f"has the classes {first.name!r} and {second.name!r}, which are the same structure by their names"
+            yield Problem(first.dataset, problem, remedy)
+
+
+def _names(groups: Sequence[Sequence[SourceClass]], chains: Mapping[str, Sequence[SourceClass]]) -> list[str]:
+    """Return a name for each group; groups that would have one name are told apart by text, then by dataset."""
+    names = [_said_name(group, chains) or group[0].name for group in groups]
+    for wording in (lambda member: member.text, lambda member: f"{member.name} ({member.dataset})"):
+        repeated = {name for name in names if names.count(name) > 1 or name in _RESERVED}
+        names = [wording(group[0]) if name in repeated else name for name, group in zip(names, groups, strict=True)]
+    return names
+
+
+def _said_name(group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]]) -> str | None:
+    return next((name for name, chain in chains.items() if set(chain) & set(group)), None)
+
+
+def _reason(group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]]) -> str:
+    if len(group) == 1:
+        return ""
+    if _said_name(group, chains) is not None:
+        return "by --same"
+    same_words = len({normalise(member.text) for member in group}) == 1
+    return "same words" if same_words else "by the table of synonyms"
+
+
+def _prompt(entry: MergedClass) -> Any:
+    """Return the prompt of a class: its own, or one that says what its name does not; None where the name does."""
+    own = [member.prompt for member in entry.members if member.name == entry.name and member.prompt is not None]
+    if own:
+        return own[0]
+    if structure_of(entry.name.replace("_", " ")) is not None:
+        return None
+    given = [member.prompt for member in entry.members if member.prompt is not None]
+    if given:
+        return given[0]
+    known = [structure_of(member.text) for member in entry.members if structure_of(member.text)]
+    if known:
+        return known[0]
+    return None if entry.name in {member.name for member in entry.members} else entry.members[0].text
+
+
+def _without_modality(name: str, prompt: str | Sequence[str]) -> str | list[str]:
+    if not isinstance(prompt, str):
+        return [_without_modality(name, text) for text in prompt]
+    phrase = phrase_of(prompt)
+    if phrase is not None:
+        return without_article(phrase)
+    if modality_of(prompt) in (CT, MRI):
+        logger.warning(
+            "The prompt of %r tells one modality, and the images are of several: %r. Word it otherwise in dataset.json "
+            "or with --prompts FILE.",
+            name,
+            prompt,
+        )
+    return prompt
+
+
+def _listed(classes: Sequence[SourceClass]) -> str:
+    return ", ".join(map(str, classes))

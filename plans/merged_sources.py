@@ -1,0 +1,241 @@
+"""The datasets that are merged: loaded, and whether they fit together."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lgssl_nnunet.errors import LGSSLError, UsageError
+from lgssl_nnunet.paths import dataset_number
+from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset
+from lgssl_nnunet.plans.merged_classes import MergedClass, SourceClass, classes_of, label_value
+from lgssl_nnunet.problems import Problem
+from lgssl_nnunet.text.prompts import OTHER, modality_of
+
+_WITH_A_SECOND_FILE = (".tif", ".tiff")
+"""Formats for which nnU-Net keeps the spacing in a JSON file beside the image."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the datasets that are merged.
+
+    Attributes:
+        dataset: its raw dataset.
+        test: the cases in imagesTs, with their files in labelsTs.
+        classes: its foreground classes.
+    """
+
+    dataset: RawDataset
+    test: Mapping[str, Case]
+    classes: tuple[SourceClass, ...]
+
+    @property
+    def name(self) -> str:
+        """`DatasetXXX_Name`, which also names the group of its cases."""
+        return self.dataset.name
+
+    @property
+    def ignore(self) -> int | None:
+        """Value of its ignore label, if it has one."""
+        value = self.dataset.dataset_json["labels"].get("ignore")
+        return None if value is None else label_value(value)
+
+    def identifier(self, case: str) -> str:
+        """Return what a case of this dataset is called in the merged one, whatever else is merged."""
+        return f"{self.name}_{case}"
+
+    def names(self, merged: Sequence[MergedClass]) -> dict[str, str]:
+        """Return the name in the merged dataset of each of its classes."""
+        return {member.name: entry.name for entry in merged for member in entry.members if member.dataset == self.name}
+
+
+def load_sources(datasets: Sequence[int | str]) -> tuple[list[Source], list[Problem | LGSSLError]]:
+    """Load the datasets to merge; no image and no label is opened.
+
+    Args:
+        datasets: ids or names, two or more.
+
+    Returns:
+        The datasets that could be loaded, and everything that is wrong with them.
+
+    Raises:
+        UsageError: fewer than two datasets, or one twice.
+    """
+    numbers = [str(dataset_number(str(dataset)) or dataset).lstrip("0") for dataset in datasets]
+    if len(set(numbers)) < max(2, len(numbers)):
+        raise UsageError(f"-d {' '.join(map(str, datasets))}: give two or more datasets, each once.")
+    sources, problems = [], []
+    for dataset in datasets:
+        try:
+            raw = load_raw_dataset(dataset)
+            problems += [replace(problem, file=f"{raw.name}/{problem.file}") for problem in raw.problems]
+            problems += _own_problems(raw)
+            sources.append(Source(raw, _test_cases(raw), tuple(classes_of(raw.name, _without_regions(raw)))))
+        except LGSSLError as error:
+            problems.append(error)
+    return sources, problems
+
+
+def common_format(sources: Sequence[Source]) -> list[Problem]:
+    """Return what keeps the files of the datasets from lying in one: file endings, readers, numbers of channels."""
+    problems = []
+    for what, remedy in (
+        ("file_ending", "convert the images and labels of all to one format, such as .nii.gz"),
+        ("overwrite_image_reader_writer", "name the same reader in each dataset.json, or none"),
+    ):
+        found = {source.name: source.dataset.dataset_json.get(what) for source in sources}
+        if len(set(found.values())) > 1:
+            problems.append(Problem("dataset.json", f"{what} differs ({_shown(found)})", remedy))
+    numbers = {source.name: source.dataset.num_channels for source in sources}
+    if len(set(numbers.values())) > 1:
+        remedy = "merge datasets whose images have the same channels"
+        problems.append(Problem("dataset.json", f"the number of channels differs ({_shown(numbers)})", remedy))
+    return problems
+
+
+def merged_channels(
+    sources: Sequence[Source], asked: Sequence[str] | None = None
+) -> tuple[dict[str, str], list[Problem]]:
+    """Return the `channel_names` of the merged dataset and what is wrong with them.
+
+    nnU-Net chooses the normalisation of a channel by its name, once for the whole dataset: by statistics of all images
+    for CT, by the image's own mean and deviation (z-score) for every name that it does not know. Different names that
+    mean the same normalisation are joined to "T1 or T2", which nnU-Net does not know and in which the prompts see both.
+
+    Args:
+        sources: datasets with the same number of channels.
+        asked: names that the user gives; None to take those of the datasets.
+    """
+    channels = [source.dataset.dataset_json["channel_names"] for source in sources]
+    count = len(channels[0])
+    found = [list(dict.fromkeys(str(names[str(index)]) for names in channels)) for index in range(count)]
+    if asked is None:
+        problems = [problem for index in range(count) for problem in _channel_problems(index, found)]
+        return {str(index): " or ".join(_one_spelling(names)) for index, names in enumerate(found)}, problems
+    if len(asked) != count:
+        remedy = "give one name per channel, in order"
+        return {}, [Problem("--channel_names", f"has {len(asked)} names for {count} channels", remedy)]
+    problems = [
+        problem for name, names in zip(asked, found, strict=True) for problem in _lies(name, names, "--channel_names")
+    ]
+    return {str(index): name for index, name in enumerate(asked)}, problems
+
+
+def annotated_and_groups(
+    source: Source, merged: Sequence[MergedClass]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return what a dataset contributes to `annotated` and `groups` of the merged dataset.json.
+
+    A dataset without these keys is one group, whose classes are annotated. One that has them keeps its groups, and its
+    other cases are a group of their own.
+    """
+    groups, annotated = (source.dataset.dataset_json.get(key) or {} for key in ("groups", "annotated"))
+    everything = _annotated_by(source, merged, [member.name for member in source.classes])
+    if not annotated:
+        return {source.name: everything}, {source.name: [f"{glob.escape(source.name)}_*"]} | _renamed(source, groups)
+    named = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
+    mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in named.items()}
+    patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]
+    cases = [*source.dataset.cases, *source.test]
+    rest = [case for case in cases if not any(case == p or fnmatch.fnmatchcase(case, p) for p in patterns)]
+    if any(case in source.dataset.labeled or case in source.test for case in rest):
+        mine[source.name] = everything
+        groups = groups | {"": [glob.escape(case) for case in rest]}
+    return mine, _renamed(source, groups)
+
+
+def annotation_problems(source: Source, merged: Sequence[MergedClass]) -> list[Problem]:
+    """Return which cases or groups of a dataset would annotate nothing: only parts of classes that were joined."""
+    empty = [key for key, names in annotated_and_groups(source, merged)[0].items() if not names]
+    remedy = "join other classes with --same, or leave out the label files of these cases"
+    return [
+        Problem(f"{source.name}/dataset.json", f"{key} annotates parts of joined classes only", remedy) for key in empty
+    ]
+
+
+def _renamed(source: Source, groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return groups as they are in the merged dataset: the dataset's name before those of groups and cases."""
+    return {
+        f"{source.name}/{name}" if name else source.name: [
+            f"{glob.escape(source.name)}_{pattern}" for pattern in patterns
+        ]
+        for name, patterns in groups.items()
+    }
+
+
+def _annotated_by(source: Source, merged: Sequence[MergedClass], names: Sequence[str]) -> list[str]:
+    """Return the merged classes of which all that the dataset has is annotated."""
+    own = {entry.name: [m.name for m in entry.members if m.dataset == source.name] for entry in merged}
+    return [name for name, members in own.items() if members and set(members) <= set(names)]
+
+
+def _own_problems(raw: RawDataset) -> list[Problem]:
+    labels = raw.dataset_json["labels"]
+    regions = [name for name, value in labels.items() if not isinstance(value, int) and len(value) > 1]
+    problems = []
+    if regions:
+        remedy = "give every class one value, without regions, and name unions of classes after the merge"
+        problems.append(Problem(f"{raw.name}/dataset.json", f"has the regions {', '.join(regions)}", remedy))
+    if raw.file_ending in _WITH_A_SECOND_FILE:
+        remedy = "convert them, for example to .nii.gz"
+        problem = f"{raw.file_ending} images have their spacing in a second file"
+        problems.append(Problem(f"{raw.name}/dataset.json", problem, remedy))
+    return problems
+
+
+def _without_regions(raw: RawDataset) -> dict[str, Any]:
+    """Return dataset.json without regions, which are refused already, so that other problems are found beside them."""
+    labels = {n: v for n, v in raw.dataset_json["labels"].items() if isinstance(v, int) or len(v) == 1}
+    prompts = {n: text for n, text in (raw.dataset_json.get("prompts") or {}).items() if n in labels}
+    return raw.dataset_json | {"labels": labels, "prompts": prompts}
+
+
+def _test_cases(raw: RawDataset) -> dict[str, Case]:
+    found = {}
+    for name, case in held_out_cases(raw.folder, raw.dataset_json).items():
+        label = raw.folder / "labelsTs" / f"{name}{raw.file_ending}"
+        found[name] = replace(case, label=label) if label.exists() else case
+    return found
+
+
+def _channel_problems(index: int, found: Sequence[Sequence[str]]) -> list[Problem]:
+    from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+
+    names = _one_spelling(found[index])
+    elsewhere = {name.casefold() for other, others in enumerate(found) if other != index for name in others}
+    if len(names) > 1 and any(name.casefold() in elsewhere for name in names):
+        problem = f"channel {index} is {' or '.join(names)}, and one of them is another channel elsewhere"
+        return [Problem("dataset.json", problem, "bring the channels of all datasets into one order")]
+    if len({get_normalization_scheme(name) for name in names}) > 1:
+        joined = " or ".join(names)
+        problem = f"channel {index} is {joined}, which nnU-Net normalises in different ways, but a dataset in one"
+        remedy = f'add --channel_names "{joined}", by which each image is normalised by itself (z-score)'
+        return [Problem("dataset.json", problem, remedy)]
+    return _lies(" or ".join(names), names, "dataset.json")
+
+
+def _one_spelling(names: Sequence[str]) -> list[str]:
+    """Return names without those that differ in capitals alone, which is the same to nnU-Net."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(name.casefold(), name)
+    return list(first.values())
+
+
+def _lies(name: str, found: Sequence[str], file: str) -> list[Problem]:
+    """Return a problem if a name says of all images what is true of some: prompts and normalisation go by it."""
+    modalities = {modality_of(own) for own in found}
+    if modality_of(name) == OTHER or modalities in ({OTHER}, {modality_of(name)}):
+        return []
+    joined = " or ".join(_one_spelling(found))
+    example = joined if modality_of(joined) == OTHER else "zscore"
+    remedy = f'choose a name that fits all of them, such as --channel_names "{example}"'
+    return [Problem(file, f"the channel name {name!r} is not true of all images, which are {joined}", remedy)]
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
