@@ -69,12 +69,12 @@ def missing_classes(labels: Mapping[str, Any], partial: Mapping[str, Iterable[st
     return [name for name in names if values[name] not in seen]
 
 
-def annotation_problems(dataset_json: Mapping[str, Any], cases: Iterable[str]) -> list[Problem]:
+def annotation_problems(dataset_json: Mapping[str, Any], cases: Iterable[str] | None = None) -> list[Problem]:
     """Return everything that is wrong with `annotated` and `groups`.
 
     Args:
         dataset_json: with labels that have been checked.
-        cases: identifiers of all cases, labelled, unlabelled and test.
+        cases: identifiers of all cases, labelled, unlabelled and test; None where they are not known.
     """
     if "annotated" not in dataset_json:
         return []
@@ -86,10 +86,15 @@ def annotation_problems(dataset_json: Mapping[str, Any], cases: Iterable[str]) -
     ]
     if problems:
         return problems
-    there = set(cases)
     names = foreground_classes(dataset_json["labels"])
     for key, classes in annotated.items():
         problems += _class_problems(key, classes, names)
+    return problems if cases is None else problems + _case_problems(annotated, groups, set(cases))
+
+
+def _case_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str]], there: set[str]) -> list[Problem]:
+    problems = []
+    for key in annotated:
         if key not in there and key not in groups:
             problems.append(_problem("annotated", key, "is neither a case nor a group", "correct the name"))
     for name, members in groups.items():

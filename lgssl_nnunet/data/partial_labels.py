@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 Classes = frozenset[int]
 
@@ -54,6 +57,11 @@ class PartialLabel:
     def hides(self, key: int | Sequence[int]) -> bool:
         """Whether a label, or a region as the tuple of its labels, is not annotated."""
         return class_values(key) in self.hidden
+
+    def known_channels(self, label_manager: LabelManager) -> tuple[bool, ...]:
+        """Return for each output channel of a network whether it is annotated; background counts as such."""
+        keys = label_manager.foreground_regions if label_manager.has_regions else [0, *label_manager.foreground_labels]
+        return tuple(not self.hides(key) for key in keys)
 
 
 def foreground_classes(labels: Mapping[str, Any]) -> list[str]:
