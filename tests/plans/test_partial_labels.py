@@ -198,6 +198,8 @@ def everything_made(preprocessed) -> dict:
         "plans": plans,
         "fingerprint": json.loads((preprocessed / "dataset_fingerprint_LGSSLCPUPlans.json").read_text()),
     }
+    prints = json.loads((preprocessed / "integrity.manifest.json").read_text())["cases"]
+    content["prints"] = {case: list(found.values())[-1] for case, found in prints.items()}
     folder = preprocessed / "LGSSLCPUPlans_3d_fullres"
     for file in sorted(folder.iterdir()):
         array = file.suffix == ".b2nd"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import SimpleITK as sitk
 import torch
 
 from lgssl_nnunet.engine.batches import finest
+from lgssl_nnunet.engine.seeding import seed_everything
 from lgssl_nnunet.errors import PlansError, SplitError
 from lgssl_nnunet.plans.splits import require_every_class
 from lgssl_nnunet.registry import find_trainer, trainer_names
@@ -183,7 +185,12 @@ def started(planned, build_trainer) -> Callable[..., Any]:
 def batch_of(trainer: Any, *numbers: int) -> dict[str, Any]:
     """A batch of the loader under the names of other cases."""
     cases = sorted(trainer.settings["split"]["labeled"])
-    return {**next(trainer.dataloader_train), "keys": [cases[number] for number in numbers]}
+    batch = {**next(trainer.dataloader_train), "keys": [cases[number] for number in numbers]}
+    if not trainer.label_manager.has_regions:  # as the label would have been stored
+        for scale in batch["target"]:
+            for row, number in enumerate(numbers):
+                scale[row][scale[row] == (2, 2, 1, None)[number]] = 0
+    return batch
 
 
 def test_a_batch_knows_what_its_patches_annotate(started):
@@ -211,12 +218,8 @@ def test_every_scale_of_deep_supervision_uses_it(started, labels):
     trainer = started(labels=labels)
     labeled = trainer.to_batches(batch_of(trainer, 2, 3))[0]
     outputs = [torch.randn(len(t), labeled.known.shape[1], *t.shape[2:], requires_grad=True) for t in labeled.target]
-    target = [scale.clone() for scale in labeled.target]
-    if labels == "classes":
-        for scale in target:
-            scale[0][scale[0] == 1] = 0
     trainer.loss.weight_factors = (0.6, 0.4)  # of two scales nnU-Net uses the first
-    trainer.supervised_loss(outputs, target, labeled.known).backward()
+    trainer.supervised_loss(outputs, labeled.target, labeled.known).backward()
     for logits in outputs:
         gradient, p = logits.grad, torch.softmax(logits.detach(), dim=1)
         assert float(gradient[1].abs().max()) > 0
@@ -234,6 +237,21 @@ def test_a_batch_of_complete_patches_takes_nnunets_loss(started, monkeypatch):
 
     monkeypatch.setattr(base, "marginal_logits", lambda *arguments: pytest.fail("merged"))
     assert math.isfinite(float(trainer.loss_terms(labeled, None)["supervised"].value.detach()))
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_every_labelled_term_depends_on_what_is_annotated(name, started):
+    trainer = started(name, training={"seed": 0, "hyperparameters": ALL_TERMS.get(name, {})})
+    labeled, unlabeled = trainer.to_batches(batch_of(trainer, 0, 3))
+    found = []
+    for known in (labeled.known, None):
+        seed_everything(0)
+        found.append(trainer.loss_terms(replace(labeled, known=known), unlabeled))
+    partial, complete = ({name: float(t.value.detach()) for name, t in terms.items()} for terms in found)
+    labelled_terms = [name for name, term in found[0].items() if not term.uses_unlabeled]
+    assert [name for name in labelled_terms if partial[name] == complete[name]] == []
+    assert [name for name in partial if name not in labelled_terms and partial[name] != complete[name]] == []
+    assert partial["supervised"] < complete["supervised"]
 
 
 def test_the_alignment_of_a_partly_annotated_patch_leaves_out_background(started, monkeypatch):
@@ -254,7 +272,6 @@ def test_the_pseudo_dice_counts_what_a_case_annotates(started):
     trainer = started()
     batch = batch_of(trainer, 0, 3)
     target = finest(batch["target"])
-    target[0][target[0] == 2] = 0
     for head in trainer.network.decoder.seg_layers:  # gallbladder everywhere
         torch.nn.init.zeros_(head.weight)
         head.bias.data = torch.tensor([0.0, 0.0, 9.0])
