@@ -26,13 +26,13 @@ def marginal_logits(logits: Tensor, known: Tensor, exclusive: bool) -> Tensor:
     """
     logits = logits.float()
     hidden = ~known.reshape(*known.shape, *[1] * (logits.ndim - 2))
-    alone = logits.masked_fill(hidden, _NEVER)
     if not exclusive:
-        return alone
-    background = logits.masked_fill(~hidden, -torch.inf)
-    background = torch.cat([logits[:, :1], background[:, 1:]], dim=1).logsumexp(dim=1, keepdim=True)
+        return logits.masked_fill(hidden, _NEVER)
+    apart = ~hidden
+    apart[:, 0] = False
+    background = logits.masked_fill(apart, -torch.inf).logsumexp(dim=1, keepdim=True)
     merged = torch.where(hidden.any(dim=1, keepdim=True), background, logits[:, :1])
-    return torch.cat([merged, alone[:, 1:]], dim=1)
+    return torch.cat([merged, logits[:, 1:].masked_fill(hidden[:, 1:], _NEVER)], dim=1)
 
 
 def certain_labels(labels: Tensor, known: Tensor | None, exclusive: bool) -> Tensor:
