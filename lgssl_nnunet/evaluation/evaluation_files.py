@@ -17,6 +17,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion
 from lgssl_nnunet.evaluation.metrics import (
     NOT_ANNOTATED,
+    NOT_ANNOTATED_POLICY,
     POLICY,
     ClassMean,
     ClassResult,
@@ -86,6 +87,7 @@ def _class_summary(
         "tolerance_mm": settings.tolerance,
         "lesion_classes": [name for name in settings.names.values() if name in settings.lesion_classes],
         "empty_masks": POLICY,
+        **({"not_annotated": NOT_ANNOTATED_POLICY} if any(mean.not_annotated for mean in classes) else {}),
         "versions": {name: installed_version(name) for name in _LIBRARIES},
         "classes": [_without_nan(_measured(asdict(mean))) for mean in classes],
         "mean": _without_nan(means),

@@ -83,8 +83,9 @@ def test_the_files_say_nothing_of_it_and_the_tables_say_so(folders, capsys):
     assert empty == set(table[0]) - {"case", "key", "name", "status"}
     assert [row["status"] for row in table[:2]] == [NOT_ANNOTATED] * 2
     assert float(table[2]["dice"]) > 0
-    classes = json.loads((folders[1] / "summary_per_class.json").read_text())["classes"]
-    assert [entry.get("not_annotated") for entry in classes] == [None, 2]
+    means = json.loads((folders[1] / "summary_per_class.json").read_text())
+    assert means["not_annotated"] == NOT_ANNOTATED_POLICY
+    assert [entry.get("not_annotated") for entry in means["classes"]] == [None, 2]
 
 
 def test_a_class_that_no_reference_annotates_has_no_mean(folders):
