@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.paths import data_folders, is_dataset
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
+from lgssl_nnunet.plans.partial_labels import annotation_problems
 from lgssl_nnunet.problems import Problem
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class RawDataset:
         labeled: labelled cases by identifier, sorted.
         unlabeled: unlabelled cases by identifier, sorted.
         test: identifiers of the cases in imagesTs, sorted.
-        problems: what is wrong with the files' names and number; nothing has been opened yet.
+        problems: what is wrong with the files' names and number and with what dataset.json says of cases; nothing has
+            been opened yet.
     """
 
     folder: Path
@@ -119,6 +121,8 @@ def load_raw_dataset(dataset: int | str) -> RawDataset:
     everything = dict(sorted({**extra, **cases}.items()))
     _require_cases(folder, everything, dataset_json["file_ending"])
     problems += extra_problems + _missing_channels(everything, dataset_json)
+    test = held_out_cases(folder, dataset_json)
+    problems += annotation_problems(dataset_json, (*everything, *test))
     _warn_about_num_training(dataset_json, cases, everything)
     _warn_about_labels_without_image(folder, everything, dataset_json)
     return RawDataset(
@@ -127,7 +131,7 @@ def load_raw_dataset(dataset: int | str) -> RawDataset:
         dataset_json=dataset_json,
         labeled={name: case for name, case in everything.items() if case.label is not None},
         unlabeled={name: case for name, case in everything.items() if case.label is None},
-        test=tuple(held_out_cases(folder, dataset_json)),
+        test=tuple(test),
         problems=tuple(problems),
     )
 

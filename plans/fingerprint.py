@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from lgssl_nnunet.data.cropping import nonzero_box
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid, write_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import RawDataset, find_reader
+from lgssl_nnunet.plans.partial_labels import label_readings
 from lgssl_nnunet.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
@@ -66,8 +68,15 @@ def extract_fingerprint(dataset: RawDataset, *, num_processes: int = 0, progress
     cases = dataset.cases
     reader = find_reader(dataset.dataset_json, next(iter(cases.values())).images[0])
     samples = min(TOTAL_SAMPLES // len(dataset.labeled), MAX_SAMPLES_PER_CASE)
+    readings = label_readings(dataset)
     tasks = {
-        name: ([str(path) for path in case.images], str(case.label) if case.label else None, reader, samples)
+        name: (
+            [str(path) for path in case.images],
+            str(case.label) if case.label else None,
+            reader,
+            samples,
+            readings.get(name),
+        )
         for name, case in cases.items()
     }
     outcome = dict(
@@ -88,7 +97,9 @@ def extract_fingerprint(dataset: RawDataset, *, num_processes: int = 0, progress
     }
 
 
-def analyze_case(images: list[str], label: str | None, reader: type, num_samples: int) -> dict[str, Any]:
+def analyze_case(
+    images: list[str], label: str | None, reader: type, num_samples: int, reading: PartialLabel | None = None
+) -> dict[str, Any]:
     """Return what one case contributes to the fingerprint.
 
     Args:
@@ -96,6 +107,7 @@ def analyze_case(images: list[str], label: str | None, reader: type, num_samples
         label: segmentation file of a labelled case, None for an unlabelled one.
         reader: nnU-Net's reader class.
         num_samples: foreground intensities to sample per channel.
+        reading: how the label is read if it is annotated in part only.
 
     Returns:
         `shape` (X, Y, Z) after cropping to the non-zero region, `spacing` in mm, `relative_size` after cropping and
@@ -104,7 +116,10 @@ def analyze_case(images: list[str], label: str | None, reader: type, num_samples
     data, properties = reader().read_images(images)
     box = nonzero_box(data)
     cropped = data[(slice(None), *box)]
-    intensities = None if label is None else _sample(cropped, reader().read_seg(label)[0][0][box] > 0, num_samples)
+    intensities = None
+    if label is not None:
+        labels = reader().read_seg(label)[0][0][box]
+        intensities = _sample(cropped, (reading.read(labels) if reading else labels) > 0, num_samples)
     return {
         "shape": list(cropped.shape[1:]),
         "spacing": [float(length) for length in properties["spacing"]],
@@ -150,4 +165,5 @@ def _key(dataset: RawDataset) -> str:
     }
     settings = [TOTAL_SAMPLES, MAX_SAMPLES_PER_CASE, dataset.num_channels, dataset.dataset_json.get("file_ending")]
     reader = dataset.dataset_json.get("overwrite_image_reader_writer")
-    return content_hash([files, sorted(dataset.labeled), settings, reader])
+    readings = {name: reading.replaced for name, reading in label_readings(dataset).items()}
+    return content_hash([files, sorted(dataset.labeled), settings, reader, *([readings] if readings else [])])

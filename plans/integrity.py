@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.twins import ImagePrint, Twins, find_twins, print_of, report
 from lgssl_nnunet.dataset_conversion.volumes import count_not_finite_if_whole, last_line
@@ -21,6 +22,7 @@ from lgssl_nnunet.files import content_hash, file_signature, read_json_if_valid,
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import Case, RawDataset, find_reader, held_out_cases
 from lgssl_nnunet.plans.dataset_json import label_values
+from lgssl_nnunet.plans.partial_labels import label_readings
 from lgssl_nnunet.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
@@ -38,10 +40,12 @@ class CheckedCase:
     Attributes:
         problems: what is wrong with it.
         image_print: what its twins are found by; None if something is wrong.
+        hidden: voxels of its label that hold a class which the case does not annotate.
     """
 
     problems: tuple[Problem, ...]
     image_print: ImagePrint | None = None
+    hidden: int = 0
 
 
 def check_integrity(
@@ -128,8 +132,11 @@ def _check_cases(
 ) -> tuple[dict[str, ImagePrint], list[Problem]]:
     """Return the prints of the cases that pass and the problems of the others."""
     values = label_values(dataset.dataset_json["labels"])
-    keys = {name: _key(case, dataset.num_channels, values, reading.reader) for name, case in cases.items()}
-    tasks = {name: (case, dataset.num_channels, values, reading.reader) for name, case in cases.items()}
+    partial = label_readings(dataset)
+    tasks = {
+        name: (case, dataset.num_channels, values, reading.reader, partial.get(name)) for name, case in cases.items()
+    }
+    keys = {name: _key(*task) for name, task in tasks.items()}
     prints, failed = _prints(check_case, tasks, keys, reading, "Integrity")
     return prints, [problem for name in cases if name in failed for problem in failed[name]]
 
@@ -165,6 +172,7 @@ def _prints(
             failed[name] = outcome.problems
         else:
             found[name] = outcome.image_print
+            _tell_hidden(name, outcome.hidden)
     reading.manifest.add(found, keys)
     return {**known, **found}, failed
 
@@ -190,9 +198,20 @@ def _leak(twins: Twins, training: Mapping[str, ImagePrint]) -> Problem:
     )
 
 
-def _key(case: Case, num_channels: int, values: Sequence[int], reader: type) -> str:
+def _tell_hidden(case: str, voxels: int) -> None:
+    if voxels:
+        logger.warning(
+            "%s: %d voxels of its label hold classes that dataset.json does not name as annotated there; they are "
+            "read as unknown.",
+            case,
+            voxels,
+        )
+
+
+def _key(case: Case, num_channels: int, values: Sequence[int], reader: type, partial: PartialLabel | None) -> str:
     """Return a hash of what the outcome of a case's check depends on."""
-    return content_hash([_signatures(case), num_channels, list(values), reader.__name__])
+    more = [] if partial is None else [partial.replaced]
+    return content_hash([_signatures(case), num_channels, list(values), reader.__name__, *more])
 
 
 def _signatures(case: Case) -> list[list[str | int]]:
@@ -217,7 +236,9 @@ def _print(channels: Sequence[tuple[np.ndarray, Mapping[str, Any]]], label: np.n
     return print_of(image, channels[0][1]["spacing"], label)
 
 
-def check_case(case: Case, num_channels: int, values: Sequence[int], reader: type) -> CheckedCase:
+def check_case(
+    case: Case, num_channels: int, values: Sequence[int], reader: type, partial: PartialLabel | None = None
+) -> CheckedCase:
     """Return the problems of one case, and its print if it has none.
 
     Args:
@@ -225,6 +246,7 @@ def check_case(case: Case, num_channels: int, values: Sequence[int], reader: typ
         num_channels: channels that dataset.json declares.
         values: values that the label may hold.
         reader: nnU-Net's reader class.
+        partial: how the label is read if it is annotated in part only.
     """
     problems: list[Problem] = []
     channels = [_read(path, reader, problems) for path in case.images]
@@ -245,7 +267,10 @@ def check_case(case: Case, num_channels: int, values: Sequence[int], reader: typ
             problems += _geometry_problems(case.label, *label, *images[0], remedy)
     if problems:
         return CheckedCase(tuple(problems))
-    return CheckedCase((), _print(channels, None if label is None else label[0]))
+    labels = None if label is None else label[0]
+    if labels is None or partial is None:
+        return CheckedCase((), _print(channels, labels))
+    return CheckedCase((), _print(channels, partial.read(labels)), partial.count_hidden(labels))
 
 
 def _read(

@@ -16,6 +16,7 @@ from lgssl_nnunet.files import copy_file, read_json_if_valid, write_json
 from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.paths import data_folders, use_data_folders
 from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset
+from lgssl_nnunet.plans.partial_labels import partial_labels
 from lgssl_nnunet.plans.protocol import (
     LITERATURE_CONFIGURATION,
     Protocol,
@@ -23,7 +24,7 @@ from lgssl_nnunet.plans.protocol import (
     apply_protocol,
     find_protocol,
 )
-from lgssl_nnunet.plans.splits import Budget, choose_budget, protocol_budget
+from lgssl_nnunet.plans.splits import Budget, choose_budget, protocol_budget, require_every_class
 from lgssl_nnunet.problems import raise_if_any
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def plan_and_preprocess(
     Raises:
         UsageError: an argument names something unknown or does not fit the others.
         DatasetError: the dataset is damaged or incomplete; every problem is listed.
-        SplitError: the requested labelled cases do not exist.
+        SplitError: the requested labelled cases do not exist, or none of them annotates some class.
         PromptError: a class has no usable prompt or embedding.
         PlansError: no plans fit the request.
         FolderBusyError: another process is planning the dataset.
@@ -189,6 +190,8 @@ def _prepare(
         budget = protocol_budget(published, labeled)
         dataset = published.dataset.with_labeled(budget.labeled)
     _report_cases(complete, dataset, budget)
+    if not dataset.problems:  # which are told all at once
+        require_every_class(dataset)
     worded, embeddings = _embed(dataset.dataset_json, prompts, options)
     plans_name = options.plans_name or f"{planner_class.plans_prefix}{budget.name}"
     held_out = _held_out(complete, published)
@@ -297,6 +300,9 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         "text": text_block(job.prompts, job.embeddings),
         "mirroring_axes": axes,
     }
+    partial = partial_labels(job.dataset)
+    if partial:
+        block["partial_labels"] = {name: list(classes) for name, classes in partial.items()}
     return block if job.published is None else block | {"protocol": job.published.protocol.name}
 
 
@@ -361,6 +367,9 @@ def _report_cases(complete: RawDataset, dataset: RawDataset, budget: Budget) -> 
         len(dataset.labeled),
         len(dataset.unlabeled),
     )
+    partial = {} if dataset.problems else partial_labels(dataset)
+    if partial:
+        logger.info("%d of the labelled cases annotate only some of the classes.", len(partial))
     if not dataset.unlabeled:
         logger.warning(
             "%s has no unlabelled case: only SupervisedTrainer can train on these plans. Put images into imagesUn, or "

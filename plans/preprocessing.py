@@ -25,7 +25,8 @@ import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
-from lgssl_nnunet.data.preprocessing import PreprocessedCase, Recipe, preprocess, recipe_of
+from lgssl_nnunet.data.partial_labels import PartialLabel
+from lgssl_nnunet.data.preprocessing import PreprocessedCase, Recipe, hide_locations, preprocess, recipe_of
 from lgssl_nnunet.files import (
     content_hash,
     copy_file,
@@ -40,6 +41,7 @@ from lgssl_nnunet.files import (
 )
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import Case, RawDataset
+from lgssl_nnunet.plans.partial_labels import label_readings, partial_labels
 from lgssl_nnunet.problems import Problem, raise_if_any
 
 logger = logging.getLogger(__name__)
@@ -140,7 +142,8 @@ def preprocess_configuration(
     write_json(done, folders.manifest)
     logger.info("%s: %d cases to preprocess, %d unchanged.", configuration, len(todo), len(done))
     steps = CaseSteps.of(plans, configuration, dataset.dataset_json, verbose)
-    tasks = {name: (case, folders, steps) for name, case in todo.items()}
+    readings = label_readings(dataset)
+    tasks = {name: (case, folders, steps, readings.get(name)) for name, case in todo.items()}
     failures: dict[str, CaseFailure] = {}
     last_written = time.monotonic()
     try:
@@ -198,7 +201,9 @@ class CaseSteps:
         return cls(recipe, tuple(configuration_manager.patch_size), stock, verbose)
 
 
-def preprocess_case(case: Case, folders: CaseFolders, steps: CaseSteps) -> dict[str, dict[str, Any]]:
+def preprocess_case(
+    case: Case, folders: CaseFolders, steps: CaseSteps, partial: PartialLabel | None = None
+) -> dict[str, dict[str, Any]]:
     """Preprocess one case into temporary files, move them to their place and return their records by name."""
     targets = folders.files(case.identifier, case.label is not None)
     temporary = {folders.unfinished / target.name: target for target in targets}
@@ -206,9 +211,9 @@ def preprocess_case(case: Case, folders: CaseFolders, steps: CaseSteps) -> dict[
         # blosc2 with several threads stores the same array as different bytes each time; one makes files reproducible.
         with environment({"BLOSC_NTHREADS": "1"}):
             if steps.recipe is None:
-                preprocessed = _preprocess_as_planned(case, steps)
+                preprocessed = _preprocess_as_planned(case, steps, partial)
             else:
-                preprocessed = preprocess(case.images, case.label, steps.recipe)
+                preprocessed = preprocess(case.images, case.label, steps.recipe, partial)
             _save(preprocessed, folders.unfinished / case.identifier, steps.patch_size)
         move_into_place(temporary)
     finally:
@@ -218,7 +223,7 @@ def preprocess_case(case: Case, folders: CaseFolders, steps: CaseSteps) -> dict[
     return {target.name: file_record(target) for target in targets}
 
 
-def _preprocess_as_planned(case: Case, steps: CaseSteps) -> PreprocessedCase:
+def _preprocess_as_planned(case: Case, steps: CaseSteps, partial: PartialLabel | None) -> PreprocessedCase:
     """Preprocess one case with the preprocessor class that the plans name."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -227,7 +232,15 @@ def _preprocess_as_planned(case: Case, steps: CaseSteps) -> PreprocessedCase:
     configuration_manager = plans_manager.get_configuration(configuration)
     preprocessor = configuration_manager.preprocessor_class(verbose=steps.verbose)
     images, label = [str(path) for path in case.images], None if case.label is None else str(case.label)
-    image, mask, properties = preprocessor.run_case(images, label, plans_manager, configuration_manager, dataset_json)
+    settings = (plans_manager, configuration_manager, dataset_json)
+    if partial is None:
+        image, mask, properties = preprocessor.run_case(images, label, *settings)
+    else:  # run_case as well, with the label changed between reading and preprocessing
+        reader = plans_manager.image_reader_writer_class()
+        image, properties = reader.read_images(images)
+        labels = partial.read(reader.read_seg(label)[0])
+        image, mask, properties = preprocessor.run_case_npy(image, labels, properties, *settings)
+        hide_locations(properties, partial)
     return PreprocessedCase(image, None if label is None else mask, properties)
 
 
@@ -268,12 +281,14 @@ def sources_of(entry: Any) -> Any:
 def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str) -> dict[str, dict[str, Any]]:
     """Return by case what its preprocessed files depend on."""
     settings = _settings(plans, configuration, dataset.dataset_json)
+    partial = {name: {"annotated": list(classes)} for name, classes in partial_labels(dataset).items()}
     return {
         name: {
             "labeled": case.label is not None,
             "images": [file_signature(path) for path in case.images],
             "label": file_signature(case.label) if case.label is not None else None,
             "settings": settings,
+            **partial.get(name, {}),
         }
         for name, case in dataset.cases.items()
     }
@@ -306,7 +321,7 @@ def unprepared_cases(
     folders = CaseFolders.of(preprocessed, plans["configurations"][configuration]["data_identifier"])
     done = read_json_if_valid(folders.manifest) or {}
     settings = _settings(plans, configuration, dataset_json)
-    split = plans["lgssl"]["split"]
+    split, partial = plans["lgssl"]["split"], plans["lgssl"].get("partial_labels", {})
     wanted = dict.fromkeys(split["unlabeled"], False) | dict.fromkeys(split["labeled"], True)
     sizes = {is_labeled: folders.sizes(is_labeled) for is_labeled in (True, False)}
     return sorted(
@@ -314,6 +329,7 @@ def unprepared_cases(
         for name, is_labeled in wanted.items()
         if (done.get(name) or {}).get("settings") != settings
         or done[name]["labeled"] != is_labeled
+        or done[name].get("annotated") != partial.get(name)
         or not _are_as_noted(name, is_labeled, sizes[is_labeled], done[name].get("files", {}))
     )
 

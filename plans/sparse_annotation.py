@@ -151,6 +151,11 @@ def _check_labels(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> 
     name, label_manager = plans["plans_name"], PlansManager(plans).get_label_manager(dataset_json)
     if plans["lgssl"].keys() & {"training", "sparse_annotation"}:
         raise PlansError(f"{name} are derived from other plans: name those that lgssl_plan_and_preprocess wrote.")
+    if "partial_labels" in plans["lgssl"]:
+        raise PlansError(
+            f"Some labelled cases of {name} annotate only some of the classes, so their slices would say where others "
+            "are not: plan with --labeled_list and cases that annotate every class."
+        )
     if label_manager.has_ignore_label:
         raise PlansError(
             f"The labels of {name} have an ignore label, so they are sparse in another way already: train on them as "

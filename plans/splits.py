@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lgssl_nnunet.errors import SplitError, UsageError
 from lgssl_nnunet.plans.cases import RawDataset
+from lgssl_nnunet.plans.partial_labels import missing_classes, partial_labels
 from lgssl_nnunet.plans.protocol import Protocol, ProtocolCases, load_protocols, shorten
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,24 @@ def protocol_budget(cases: ProtocolCases, labeled: int | None = None) -> Budget:
     number = "" if labeled is None else f"_labeled{labeled}"
     description = f"{len(chosen)} of the {len(cases.train)} training cases of {protocol.name}"
     return Budget(tuple(sorted(chosen)), 0, f"{number}_{protocol.name}", description)
+
+
+def require_every_class(dataset: RawDataset) -> None:
+    """Refuse a budget in which nothing teaches a class.
+
+    Args:
+        dataset: the raw dataset with the budget applied.
+
+    Raises:
+        SplitError: none of the labelled cases annotates some class.
+    """
+    partial = partial_labels(dataset)
+    missing = missing_classes(dataset.dataset_json["labels"], partial, dataset.labeled)
+    if missing:
+        raise SplitError(
+            f"{dataset.name}: none of the {len(dataset.labeled)} labelled cases of this budget annotates "
+            f"{' and '.join(missing)}: choose another --seed, name cases that do with --labeled_list, or label more."
+        )
 
 
 def _published_cases(cases: ProtocolCases, number: int) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ BATCHES = "lgssl_nnunet/data/batches.py: SeededBatches"
 LOADER = "lgssl_nnunet/data/unlabeled.py: UnlabeledLoader"
 DATASET = "lgssl_nnunet/data/unlabeled.py: UnlabeledDataset"
 VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
+VALIDATION = "lgssl_nnunet/engine/validation.py"
 EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
 PSEUDO_LABELS = "lgssl_nnunet/inference/pseudo_labels.py"
 EXPORT = "lgssl_nnunet/inference/export.py"
@@ -84,7 +85,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{TRAINER}.print_plans": (f"{BASE}.print_plans",),
     f"{TRAINER}.train_step": (f"{BASE}.train_step",),
     f"{TRAINER}.on_train_epoch_end": (f"{BASE}.on_train_epoch_end",),
-    f"{TRAINER}.validation_step": (f"{BASE}.validation_step",),
+    f"{TRAINER}.validation_step": (f"{BASE}.validation_step", f"{VALIDATION}: hard_counts"),
     f"{TRAINER}.on_train_end": (f"{BASE}.on_train_end",),
     f"{TRAINER}.save_checkpoint": (f"{BASE}.save_checkpoint",),
     f"{TRAINER}.load_checkpoint": (f"{BASE}.load_checkpoint",),
@@ -102,13 +103,18 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{TRAINER}.on_epoch_end": (f"{BASE}.save_checkpoint",),
     f"{TRAINER}.on_validation_epoch_start": (f"{BASE}.validation_step",),
     f"{TRAINER}.on_validation_epoch_end": (f"{BASE}.validation_step",),
-    f"{TRAINER}.perform_actual_validation": (f"{TRAINING}: _validate", f"{BASE}.do_split"),
+    f"{TRAINER}.perform_actual_validation": (
+        f"{BASE}.perform_actual_validation",
+        f"{TRAINING}: _validate",
+        f"{BASE}.do_split",
+        f"{VALIDATION}: leave_out_of_summary",
+    ),
     f"{TRAINER}.get_tr_and_val_datasets": (f"{BASE}.get_dataloaders", f"{DESCO}.get_tr_and_val_datasets"),
     f"{TRAINER}.get_training_transforms": (f"{BASE}.get_dataloaders", VIEWS, f"{DESCO}.get_training_transforms"),
     f"{TRAINER}.get_validation_transforms": (f"{BASE}.get_dataloaders",),
     f"{TRAINER}._get_deep_supervision_scales": (f"{BASE}.get_dataloaders",),
     f"{TRAINER}._set_batch_size_and_oversample": (f"{BASE}.initialize",),
-    f"{TRAINER}._build_loss": (f"{BASE}.supervised_loss",),
+    f"{TRAINER}._build_loss": (f"{BASE}.supervised_loss", "lgssl_nnunet/losses/marginal.py: marginal_logits"),
     f"{TRAINER}._do_i_compile": (f"{BASE}.plain_network",),
     f"{TRAINER}._save_debug_information": (f"{BASE}.on_train_start",),
     f"{TRAINER}.print_to_log_file": (f"{BASE}.on_train_start",),
@@ -118,7 +124,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
         "lgssl_nnunet/engine/schedules.py: CosineSchedule",
     ),
     f"{UTILITIES}/collate_outputs.py: collate_outputs": (f"{BASE}.on_train_epoch_end",),
-    f"{UTILITIES}/crossval_split.py: generate_crossval_split": (f"{BASE}.do_split",),
+    f"{UTILITIES}/crossval_split.py: generate_crossval_split": ("plans/folds.py: fold_cases",),
     f"{UTILITIES}/default_n_proc_DA.py: get_allowed_n_proc_DA": (f"{BASE}._start",),
     f"{UTILITIES}/helpers.py: empty_cache": (f"{BASE}.on_train_start",),
     # Commands of nnU-Net that ours mirror or hand over to, and how they find our trainers.
@@ -207,6 +213,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case_npy": (
         f"{PREPROCESSING}: preprocess",
+        "plans/preprocessing.py: _preprocess_as_planned",
     ),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case_save": (
         "plans/preprocessing.py: _save",
@@ -296,7 +303,11 @@ WATCHED: dict[str, tuple[str, ...]] = {
         "lgssl_nnunet/evaluation/case.py: measure_case",
     ),
     "nnunetv2/evaluation/evaluate_predictions.py: compute_metrics_on_folder": (f"{EVALUATION_FILES}: _summary",),
-    "nnunetv2/evaluation/evaluate_predictions.py: save_summary_json": (f"{EVALUATION_FILES}: write_results",),
+    "nnunetv2/evaluation/evaluate_predictions.py: save_summary_json": (
+        f"{EVALUATION_FILES}: write_results",
+        f"{VALIDATION}: leave_out_of_summary",
+    ),
+    "nnunetv2/evaluation/evaluate_predictions.py: load_summary_json": (f"{VALIDATION}: leave_out_of_summary",),
     "nnunetv2/evaluation/evaluate_predictions.py: label_or_region_to_key": (
         "lgssl_nnunet/evaluation/case.py: _overlap",
     ),
@@ -319,6 +330,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     f"{UTILITIES}/label_handling/label_handling.py: LabelManager": (
         "lgssl_nnunet/engine/labels.py: one_hot",
+        "lgssl_nnunet/data/partial_labels.py: PartialLabel.known_channels",
         "lgssl_nnunet/evaluation/evaluate.py: _label_manager",
         f"{SELECTION_MAPS}: one_channel",
         "plans/dataset_json.py: label_problems",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.crossval_split import generate_crossval_split
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -23,6 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lgssl_nnunet.data.batches import SeededBatches, next_batch, start_workers, stop_workers
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
 from lgssl_nnunet.dataset_conversion.twins import without_twins
@@ -32,7 +32,7 @@ from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, fine
 from lgssl_nnunet.engine.checkpoints import read_checkpoint, write_checkpoint
 from lgssl_nnunet.engine.clipping import clip_gradients
 from lgssl_nnunet.engine.interruption import StopRequest
-from lgssl_nnunet.engine.labels import annotated, one_hot
+from lgssl_nnunet.engine.labels import annotated, one_hot, without_hidden_regions
 from lgssl_nnunet.engine.logs import TermLog
 from lgssl_nnunet.engine.non_finite import NonFiniteError, NonFiniteGuard
 from lgssl_nnunet.engine.precision import (
@@ -45,12 +45,17 @@ from lgssl_nnunet.engine.precision import (
 from lgssl_nnunet.engine.schedules import CosineSchedule, sigmoid_rampup
 from lgssl_nnunet.engine.seeding import derive_seed, seed_everything
 from lgssl_nnunet.engine.teacher import EMATeacher
+from lgssl_nnunet.engine.validation import hard_counts, leave_out_of_summary
 from lgssl_nnunet.errors import CheckpointError, PlansError, SplitError, TrainingError, TrainingStopped, UsageError
 from lgssl_nnunet.files import remove_leftovers, write_atomically, write_json
 from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.losses.consistency import probabilities
+from lgssl_nnunet.losses.marginal import marginal_logits
+from lgssl_nnunet.losses.pseudo_labels import hard_labels
 from lgssl_nnunet.networks.unet import planned_unet
 from lgssl_nnunet.paths import LATEST_CHECKPOINT
+from lgssl_nnunet.plans.folds import fold_cases
+from lgssl_nnunet.plans.partial_labels import missing_classes
 from lgssl_nnunet.plans.stored import planned_as, training_seed
 
 logger = logging.getLogger(__name__)
@@ -85,6 +90,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         supports_regions: whether the method trains region-based labels; if not, they are refused.
         supports_sparse_annotation: whether the method trains on two propagated slices per case; if not, they are
             refused.
+        supports_partial_labels: whether the method's loss of a labelled patch leaves open which of the classes that its
+            case does not annotate are there (`LabeledBatch.known`); if not, plans with such cases are refused.
     """
 
     hyperparameters: ClassVar[Any] = NoHyperparameters()
@@ -94,6 +101,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     supports_several_gpus: ClassVar[bool] = False
     supports_regions: ClassVar[bool] = True
     supports_sparse_annotation: ClassVar[bool] = False
+    supports_partial_labels: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -116,6 +124,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if device.type != "cuda":
             self.grad_scaler = None  # of several processes nnU-Net expects GPUs
         self.settings = plans["lgssl"]
+        self.partial_labels = {
+            case: PartialLabel.of(dataset_json["labels"], classes)
+            for case, classes in self.settings.get("partial_labels", {}).items()
+        }
         self.seed = training_seed(plans)
         self._read_schedule(self.settings["schedule"])
         self.unlabeled_batch_size = self.settings.get("training", {}).get("unlabeled_batch_size")
@@ -242,15 +254,25 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 losses.append(weight * loss(logits, *nearest))
         return torch.stack(losses).sum()
 
-    def supervised_loss(self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
+    def supervised_loss(
+        self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor], known: Tensor | None = None
+    ) -> Tensor:
         """Return nnU-Net's Dice and cross-entropy loss with its deep-supervision weights, in float32.
 
         Args:
             outputs: logits (B, C, *S_k) per scale, finest first.
             target: label map (B, 1, *S_k) or regions (B, R, *S_k) per scale.
+            known: `LabeledBatch.known`; with it the loss is the marginal one, which asks nothing of the classes that a
+                patch does not annotate.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return self.loss(to_float(outputs), target)
+            outputs = to_float(outputs)
+            if known is not None:
+                exclusive = not self.label_manager.has_regions
+                scales = [outputs] if isinstance(outputs, Tensor) else outputs
+                merged = [marginal_logits(logits, known, exclusive) for logits in scales]
+                outputs = merged[0] if isinstance(outputs, Tensor) else merged
+            return self.loss(outputs, target)
 
     # ------------------------------------------------------------------ set-up
 
@@ -299,10 +321,29 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"Fold {fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and {plans_name} have "
                 f"{len(split['labeled'])}: train with -f all."
             )
+        if "partial_labels" in plans["lgssl"]:
+            cls._check_partial_labels(plans, fold, dataset_json)
         if cls.pairs_batches:
             cls.check_pairs(plans, configuration)
         if distributed.num_processes() > 1:
             cls.check_processes(plans, configuration, distributed.num_processes())
+
+    @classmethod
+    def _check_partial_labels(cls, plans: dict[str, Any], fold: int | str, dataset_json: dict[str, Any]) -> None:
+        """Refuse labels that say nothing of some classes, if the method cannot take them or a class has none."""
+        partial = plans["lgssl"]["partial_labels"]
+        if not cls.supports_partial_labels:
+            raise PlansError(
+                f"{len(partial)} labelled cases of {plans['plans_name']} annotate only some of the classes (among them "
+                f"{next(iter(partial))}), and {cls.__name__} would learn that the others are background: train "
+                "SupervisedTrainer or LGSSLTrainer, or plan with --labeled_list and cases that annotate every class."
+            )
+        missing = missing_classes(dataset_json["labels"], partial, fold_cases(plans["lgssl"], fold)[0])
+        if missing:
+            raise SplitError(
+                f"None of the training cases of fold {fold} annotates {' and '.join(missing)}: train with -f all, or "
+                "label more."
+            )
 
     @classmethod
     def check_processes(cls, plans: dict[str, Any], configuration: str, number: int) -> None:
@@ -401,17 +442,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------ data
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return training and validation cases out of the labelled cases of the plans.
-
-        `all` trains on every labelled case and validates on the same; folds 0 to 4 are nnU-Net's five-fold split inside
-        the labelled cases, without training on twins of the validation cases.
-        """
-        labeled = sorted(self.settings["split"]["labeled"])
-        if self.fold == "all":
-            return labeled, labeled
-        fold = generate_crossval_split(labeled, seed=12345, n_splits=5)[int(self.fold)]
-        validation = list(fold["val"])
-        return without_twins(list(fold["train"]), validation, self.settings.get("twins", [])), validation
+        """Return training and validation cases out of the labelled cases of the plans, see `fold_cases`."""
+        return fold_cases(self.settings, self.fold)
 
     def unlabeled_cases(self) -> list[str]:
         """Return the unlabelled cases of the plans, without twins of this fold's validation cases."""
@@ -674,9 +706,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def to_batches(self, batch: dict) -> tuple[LabeledBatch, UnlabeledBatch | None]:
         """Move a batch of the loaders to the device, in the memory layout that the device prefers."""
-        labeled = LabeledBatch(
-            self._image(batch["data"]), self._to_device(batch["target"]), tuple(map(str, batch["keys"]))
-        )
+        labeled = self._labeled_batch(batch)
         if "unlabeled_data" not in batch:
             return labeled, None
         views = {name: self._image(view) for name, view in split_views(batch["unlabeled_data"], self.views).items()}
@@ -684,6 +714,23 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return labeled, UnlabeledBatch(
             views.get("weak"), views.get("strong"), tuple(map(str, batch["unlabeled_keys"])), target
         )
+
+    def _labeled_batch(self, batch: dict) -> LabeledBatch:
+        image, target, keys = self._image(batch["data"]), self._to_device(batch["target"]), map(str, batch["keys"])
+        labeled = LabeledBatch(image, target, tuple(keys))
+        known = self.known_classes(labeled.keys)
+        if known is not None and self.label_manager.has_regions:
+            target = without_hidden_regions(target, known)
+        return replace(labeled, target=target, known=known)
+
+    def known_classes(self, cases: Sequence[str]) -> Tensor | None:
+        """Return (B, C), whether each case annotates a channel; None if all of them annotate every class."""
+        if not self.partial_labels.keys() & set(cases):
+            return None
+        complete = (True,) * self.label_manager.num_segmentation_heads
+        partial = {case: self.partial_labels[case] for case in cases if case in self.partial_labels}
+        known = {case: label.known_channels(self.label_manager) for case, label in partial.items()}
+        return torch.tensor([known.get(case, complete) for case in cases], device=self.device)
 
     def _to_device(self, scales: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if isinstance(scales, list):
@@ -739,8 +786,32 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             self.term_log.plot(Path(self.output_folder) / "lgssl_progress.png")
 
     def validation_step(self, batch: dict) -> dict:
-        """Compute nnU-Net's pseudo Dice on a validation batch, in the memory layout that the device prefers."""
-        return super().validation_step({**batch, "data": self._image(batch["data"])})
+        """Compute nnU-Net's pseudo Dice on a validation batch, in the memory layout that the device prefers.
+
+        A patch counts for the classes that its case annotates.
+        """
+        labeled = self._labeled_batch(batch)
+        if labeled.known is None:
+            return super().validation_step({**batch, "data": labeled.image})
+        with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):  # as in nnU-Net's step
+            outputs = self.network(labeled.image)
+        loss = self.supervised_loss(outputs, labeled.target, labeled.known)
+        predicted = hard_labels(self.probabilities(outputs), self.label_manager.has_regions)
+        counts = hard_counts(predicted, finest(labeled.target), labeled.known, self.label_manager)
+        return {"loss": loss.detach().cpu().numpy(), **counts}
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Run nnU-Net's final validation, and take out of its summary what a case does not annotate."""
+        super().perform_actual_validation(save_probabilities)
+        if not self.partial_labels or self.local_rank != 0:
+            return
+        file, ending = Path(self.output_folder) / "validation" / "summary.json", self.dataset_json["file_ending"]
+        hides = {case: label.hides for case, label in self.partial_labels.items()}
+        dice, mean = leave_out_of_summary(file, ending, hides)
+        for label, value in dice.items():
+            self.logger.log_summary(f"final_val/class_{label}_dice", value)
+        self.logger.log_summary("final_val/foreground_dice", mean)
+        self.print_to_log_file("Mean Validation Dice of annotated classes: ", mean)
 
     def on_train_end(self) -> None:
         """Close the progress bar and leave the final checkpoint."""

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from torch import nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
 from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill
 from lgssl_nnunet.losses.language import alignment, class_map_loss
+from lgssl_nnunet.losses.marginal import certain_labels
 from lgssl_nnunet.networks.language_guided import PREDICTIONS, PROMPT_MODES, Language, build_language_guided_unet
 from lgssl_nnunet.text.adapter import PROMPT_SOURCES
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
@@ -84,6 +85,7 @@ class LGSSLTrainer(SemiSupervisedTrainer):
     hyperparameters = LGSSLHyperparameters()
     views = ("strong",)
     supports_several_gpus = True
+    supports_partial_labels = True
     pairs_batches = True
 
     @classmethod
@@ -119,9 +121,9 @@ class LGSSLTrainer(SemiSupervisedTrainer):
         n = len(labeled.image)
         first, second, language = self.network(torch.cat([labeled.image, unlabeled.strong]), labeled_rows=n)
         both = [rows(outputs, slice(n)) for outputs in (first, second)]
-        supervised = sum(0.5 * self.supervised_loss(outputs, labeled.target) for outputs in both)
-        p1, q1 = self._split(first, n)
-        p2, q2 = self._split(second, n)
+        supervised = sum(0.5 * self.supervised_loss(outputs, labeled.target, labeled.known) for outputs in both)
+        p1, q1 = self.probabilities(first).tensor_split([n])
+        p2, q2 = self.probabilities(second).tensor_split([n])
         weight = self.hp.consistency_weight * self.ramp(self.hp.ramp_fraction)
         agree = agreement(q1, q2) if self.hp.agreement == "squared" else distill(finest(first)[n:], finest(second)[n:])
         differ = difference_agreement(p1, q1, p2, q2, detach_labeled=self.hp.detach_labeled)
@@ -138,13 +140,11 @@ class LGSSLTrainer(SemiSupervisedTrainer):
             return {}
         n, terms, labels = len(labeled.image), {}, self.one_hot(labeled.target)
         if self.hp.class_map_weight:
-            known, exclusive = self.annotated(labeled.target), not self.label_manager.has_regions
-            maps = class_map_loss([logits[:n] for logits in language.class_logits], labels, known, exclusive)
-            terms["class map"] = Term(maps, self.hp.class_map_weight)
+            maps, counted = [logits[:n] for logits in language.class_logits], self.annotated(labeled.target)
+            class_map = class_map_loss(maps, labels, counted, not self.label_manager.has_regions, labeled.known)
+            terms["class map"] = Term(class_map, self.hp.class_map_weight)
         if self.hp.alignment_weight:
+            labels = certain_labels(labels, labeled.known, not self.label_manager.has_regions)
             distance = alignment(language.image_feature[:n], language.prompt_feature, labels)
             terms["alignment"] = Term(distance, self.hp.alignment_weight)
         return terms
-
-    def _split(self, outputs: Tensor | list[Tensor], num_labeled: int) -> tuple[Tensor, Tensor]:
-        return self.probabilities(outputs).tensor_split([num_labeled])

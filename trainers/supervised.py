@@ -14,9 +14,11 @@ class SupervisedTrainer(SemiSupervisedTrainer):
 
     views = ()
     supports_several_gpus = True
+    supports_partial_labels = True
     # One decoder and no unlabelled patches, of a step that the planner sized for two of each.
     memory_factor = 0.3
 
     def loss_terms(self, labeled: LabeledBatch, unlabeled: UnlabeledBatch | None) -> dict[str, Term]:
         """Return the supervised loss."""
-        return {"supervised": Term(self.supervised_loss(self.network(labeled.image), labeled.target))}
+        outputs = self.network(labeled.image)
+        return {"supervised": Term(self.supervised_loss(outputs, labeled.target, labeled.known))}

@@ -26,6 +26,7 @@ from nnunetv2.preprocessing.normalization.default_normalization_schemes import (
 from threadpoolctl import threadpool_limits
 
 from lgssl_nnunet.data.cropping import nonzero_box, outside
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.data.resampling import nearest_axis, new_shape, resample_image, resample_labels
 
 if TYPE_CHECKING:
@@ -129,18 +130,22 @@ def _is_usual(options: Mapping[str, Any], orders: Mapping[str, Any]) -> bool:
     return set(options) == {*orders, "force_separate_z"} and options | orders == options
 
 
-def preprocess(images: Sequence[Path | str], label: Path | str | None, recipe: Recipe) -> PreprocessedCase:
+def preprocess(
+    images: Sequence[Path | str], label: Path | str | None, recipe: Recipe, partial: PartialLabel | None = None
+) -> PreprocessedCase:
     """Read and preprocess one case.
 
     Args:
         images: image files, one per channel.
         label: segmentation file, None for a case without one.
         recipe: of the configuration.
+        partial: how the label is read if it is annotated in part only.
 
     Raises:
         ValueError: image and label differ in shape.
     """
     image, labels, properties = _read(images, label, recipe)
+    labels = labels if partial is None else partial.read(labels)
     spacing = [float(properties["spacing"][axis]) for axis in recipe.transpose_forward]
 
     box = nonzero_box(image)
@@ -162,7 +167,15 @@ def preprocess(images: Sequence[Path | str], label: Path | str | None, recipe: R
     if labels is not None:
         labels = resample_labels(labels, shape, nearest[1])[None]
         properties["class_locations"] = class_locations(labels, recipe.classes)
+    if partial is not None:
+        hide_locations(properties, partial)
     return PreprocessedCase(image, labels, properties)
+
+
+def hide_locations(properties: dict[str, Any], partial: PartialLabel) -> None:
+    """Take the places of classes that are not annotated, which lie in annotated regions, out of the properties."""
+    locations = properties["class_locations"]
+    properties["class_locations"] = {key: [] if partial.hides(key) else locations[key] for key in locations}
 
 
 def _read(

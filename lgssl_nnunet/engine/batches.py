@@ -16,11 +16,14 @@ class LabeledBatch:
         target: one (B, 1, *S_k) label map (or (B, R, *S_k) regions) per deep-supervision scale, finest first; a single
             tensor without deep supervision.
         keys: case identifier of each patch.
+        known: (B, C), whether the patch's case annotates a channel of the network's output (background counts as
+            annotated); None if every class is annotated in every patch.
     """
 
     image: Tensor
     target: list[Tensor] | Tensor
     keys: tuple[str, ...]
+    known: Tensor | None = None
 
 
 @dataclass(frozen=True)

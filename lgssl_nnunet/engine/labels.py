@@ -33,3 +33,17 @@ def annotated(target: Tensor, label_manager: LabelManager) -> Tensor:
     if label_manager.has_regions:
         return target[:, -1:] == 0
     return target != label_manager.ignore_label
+
+
+def without_hidden_regions(target: Tensor | list[Tensor], known: Tensor) -> Tensor | list[Tensor]:
+    """Return regions that are 0 in patches which do not annotate them, though other regions may tell of their voxels.
+
+    Args:
+        target: regions (B, R, *S), with a last channel more if there is an ignore label, or a list of scales.
+        known: (B, R).
+    """
+    if isinstance(target, list):
+        return [without_hidden_regions(scale, known) for scale in target]
+    regions = known.shape[1]
+    mask = known.reshape(*known.shape, *[1] * (target.ndim - 2))
+    return torch.cat([target[:, :regions] * mask, target[:, regions:]], dim=1)

@@ -17,10 +17,11 @@ from nnunetv2.evaluation.evaluate_predictions import (
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.dataset_conversion.volumes import last_line, require_whole
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.evaluation.lesions import count_lesions
-from lgssl_nnunet.evaluation.metrics import ClassResult, class_result, with_lesions, with_surfaces
+from lgssl_nnunet.evaluation.metrics import ClassResult, class_result, not_annotated, with_lesions, with_surfaces
 from lgssl_nnunet.evaluation.surfaces import image_diagonal, surface_metrics
 
 LabelOrRegion = int | tuple[int, ...]
@@ -64,7 +65,9 @@ class CaseMeasurement:
     spacings: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-def measure_case(case: str, reference: Path, prediction: Path, settings: CaseSettings) -> CaseMeasurement:
+def measure_case(
+    case: str, reference: Path, prediction: Path, settings: CaseSettings, partial: PartialLabel | None = None
+) -> CaseMeasurement:
     """Measure one case; runs in a worker process or in the calling one.
 
     Counts, surfaces and lesions are those of the voxels that the reference does not ignore: ignored voxels are cut out
@@ -75,6 +78,7 @@ def measure_case(case: str, reference: Path, prediction: Path, settings: CaseSet
         reference: reference segmentation.
         prediction: predicted segmentation.
         settings: what to measure.
+        partial: of a reference that annotates only some of the classes; the others are not measured.
 
     Raises:
         DatasetError: a file cannot be read, holds unknown labels, or the two have different shapes.
@@ -87,6 +91,10 @@ def measure_case(case: str, reference: Path, prediction: Path, settings: CaseSet
     counted = segmentations[0][0] != labels.ignore_label if labels.has_ignore_label else None
     results = []
     for key, name in settings.names.items():
+        if partial is not None and partial.hides(key):
+            summary["metrics"][key] = dict.fromkeys(summary["metrics"][key], np.nan)
+            results.append(not_annotated(case, label_or_region_to_key(key), name))
+            continue
         overlap = _overlap(case, key, name, summary["metrics"][key])
         masks = [region_or_label_to_mask(segmentation, key)[0] for segmentation in segmentations]
         if counted is not None:

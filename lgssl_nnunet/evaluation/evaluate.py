@@ -15,6 +15,7 @@ import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.errors import DatasetError, PlansError, UsageError, install_extra
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion, measure_case
 from lgssl_nnunet.evaluation.evaluation_files import write_results
@@ -23,6 +24,8 @@ from lgssl_nnunet.evaluation.part import cases_of_group, classes_of_part, summar
 from lgssl_nnunet.evaluation.surfaces import available_columns, missing_columns
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import find_reader
+from lgssl_nnunet.plans.partial_labels import annotated_classes, annotation_problems
+from lgssl_nnunet.problems import raise_if_any
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +78,8 @@ def evaluate(
         `summary_file`, `cases_file` and `classes_file`.
 
     Raises:
-        DatasetError: missing folders, predictions or references (all named), or segmentations that are damaged or do
-            not match.
+        DatasetError: missing folders, predictions or references (all named), segmentations that are damaged or do
+            not match, or a dataset.json that says something impossible of what is annotated.
         PlansError: dataset.json or plans.json is missing or unreadable.
         UsageError: a tolerance that is no length, or lesion classes or a group that dataset.json does not have.
     """
@@ -98,12 +101,26 @@ def evaluate(
     settings = CaseSettings(find_reader(dataset, reference / files[0]), labels, names, columns, tolerance, lesions)
     if surface_metrics:
         _tell_missing_columns()
-    tasks = {name: (name.removesuffix(ending), reference / name, prediction / name, settings) for name in files}
+    partial = _partial_labels(dataset, [name.removesuffix(ending) for name in files])
+    tasks = {
+        name: (case := name.removesuffix(ending), reference / name, prediction / name, settings, partial.get(case))
+        for name in files
+    }
     bar = progress and sys.stderr.isatty()
     measured = dict(run_cases(measure_case, tasks, num_processes=num_processes, description="Evaluating", progress=bar))
     _raise_failures({name: result for name, result in measured.items() if isinstance(result, CaseFailure)})
     _tell_geometry({name: measured[name] for name in files}, bool(columns))
     return write_results([measured[name] for name in files], settings, summary_file)
+
+
+def _partial_labels(dataset: Mapping[str, Any], cases: Sequence[str]) -> dict[str, PartialLabel]:
+    """Return how the references of those cases are read that annotate only some of the classes."""
+    # The folder need not hold every case that dataset.json names.
+    raise_if_any(annotation_problems(dataset), "The dataset.json of the predictions")
+    partial = annotated_classes(dataset, cases)
+    if partial:
+        logger.info("%d reference(s) annotate only some of the classes; the others are left out there.", len(partial))
+    return {case: PartialLabel.of(dataset["labels"], classes) for case, classes in partial.items()}
 
 
 def _lesion_classes(asked: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:

@@ -15,7 +15,15 @@ from nnunetv2.evaluation.evaluate_predictions import save_summary_json
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion
-from lgssl_nnunet.evaluation.metrics import POLICY, ClassMean, ClassResult, class_means, foreground_mean
+from lgssl_nnunet.evaluation.metrics import (
+    NOT_ANNOTATED,
+    NOT_ANNOTATED_POLICY,
+    POLICY,
+    ClassMean,
+    ClassResult,
+    class_means,
+    foreground_mean,
+)
 from lgssl_nnunet.files import write_atomically, write_json
 from lgssl_nnunet.installation import installed_version
 from lgssl_nnunet.locks import hold_lock
@@ -79,6 +87,7 @@ def _class_summary(
         "tolerance_mm": settings.tolerance,
         "lesion_classes": [name for name in settings.names.values() if name in settings.lesion_classes],
         "empty_masks": POLICY,
+        **({"not_annotated": NOT_ANNOTATED_POLICY} if any(mean.not_annotated for mean in classes) else {}),
         "versions": {name: installed_version(name) for name in _LIBRARIES},
         "classes": [_without_nan(_measured(asdict(mean))) for mean in classes],
         "mean": _without_nan(means),
@@ -95,9 +104,17 @@ def _without_nan(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_table(results: Sequence[ClassResult], file: Path) -> None:
-    rows = [asdict(result) for result in results]
+    rows = [_annotated_columns(result) for result in results]
     measured = [field.name for field in fields(ClassResult) if any(row[field.name] is not None for row in rows)]
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, measured, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _annotated_columns(result: ClassResult) -> dict[str, Any]:
+    """Leave the fields of a class empty that the reference does not annotate: NaN is for what has no value."""
+    columns = asdict(result)
+    if result.status != NOT_ANNOTATED:
+        return columns
+    return {name: columns[name] if isinstance(columns[name], str) else None for name in columns}

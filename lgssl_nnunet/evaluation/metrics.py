@@ -5,6 +5,9 @@ out of the class's means and counted; a class that is in only one of the two has
 volume similarity 0 and the image's diagonal as its distances, and is counted too. No library is asked about an empty
 mask: they crash, raise, or return what improves the mean.
 
+A class that the reference does not annotate, as dataset.json says, says nothing either: it is left out of everything
+and counted.
+
 Lesions are counted over all cases: the sensitivity of a class is lesions found / lesions there, and a case without
 lesions, where nothing was predicted either, has zero false positives.
 
@@ -25,6 +28,7 @@ MEASURED = "measured"
 BOTH_EMPTY = "both empty"
 REFERENCE_EMPTY = "reference empty"
 PREDICTION_EMPTY = "prediction empty"
+NOT_ANNOTATED = "not annotated"
 
 # What is averaged over the cases in which a class counts, in the order of the tables.
 AVERAGED = ("dice", "jaccard", "volume_similarity", *SURFACE_COLUMNS, *MEDPY_COLUMNS)
@@ -33,6 +37,11 @@ POLICY = (
     "Empty masks: classes absent in reference and prediction are left out of the mean and counted as 'both empty'; "
     "classes present in only one of them have Dice, Jaccard, surface Dice and volume similarity 0 and the image's "
     "diagonal as distance, and are counted as 'one empty'."
+)
+
+NOT_ANNOTATED_POLICY = (
+    "Not annotated: classes that dataset.json does not name as annotated in a case are not measured in it; the case is "
+    "left out of their means."
 )
 
 
@@ -46,9 +55,9 @@ class ClassResult:
         name: the class's name in dataset.json.
         dice: Dice coefficient from 0 to 1, NaN where both masks are empty.
         jaccard: Jaccard index (intersection over union) from 0 to 1, NaN where both masks are empty.
-        n_reference: voxels of the class in the reference.
-        n_prediction: voxels of the class in the prediction.
-        status: MEASURED, BOTH_EMPTY, REFERENCE_EMPTY or PREDICTION_EMPTY.
+        n_reference: voxels of the class in the reference; None where it does not annotate the class.
+        n_prediction: voxels of the class in the prediction; None as well there.
+        status: MEASURED, BOTH_EMPTY, REFERENCE_EMPTY, PREDICTION_EMPTY, or NOT_ANNOTATED: then nothing was measured.
         volume_similarity: 1 - |a - b| / (a + b) of the two volumes, NaN where both masks are empty.
         hd95: 95 % Hausdorff distance in mm (the larger of the two directions).
         assd: average symmetric surface distance in mm.
@@ -70,8 +79,8 @@ class ClassResult:
     name: str
     dice: float
     jaccard: float
-    n_reference: int
-    n_prediction: int
+    n_reference: int | None
+    n_prediction: int | None
     status: str
     volume_similarity: float
     hd95: float | None = None
@@ -100,6 +109,7 @@ class ClassMean:
         cases: cases in which the class counts, those with one empty mask included.
         both_empty: cases left out because both masks are empty.
         one_empty: cases in which one of the masks is empty.
+        not_annotated: cases left out because their reference does not annotate the class; None if there are none.
         volume_similarity: mean volume similarity.
         hd95: mean 95 % Hausdorff distance in mm.
         assd: mean average symmetric surface distance in mm.
@@ -119,6 +129,7 @@ class ClassMean:
     cases: int
     both_empty: int
     one_empty: int
+    not_annotated: int | None = None
     volume_similarity: float = math.nan
     hd95: float | None = None
     assd: float | None = None
@@ -149,6 +160,11 @@ def class_result(case: str, key: str, name: str, true_pos: int, false_pos: int, 
     jaccard = true_pos / union if union else math.nan
     volumes = 1 - abs(reference - prediction) / (reference + prediction) if union else math.nan
     return ClassResult(case, key, name, dice, jaccard, reference, prediction, status, volumes)
+
+
+def not_annotated(case: str, key: str, name: str) -> ClassResult:
+    """Return the result of a class that the reference does not annotate; arguments as for `class_result`."""
+    return ClassResult(case, key, name, math.nan, math.nan, None, None, NOT_ANNOTATED, math.nan)
 
 
 def with_surfaces(
@@ -210,14 +226,19 @@ def _status(reference: int, prediction: int) -> str:
     return REFERENCE_EMPTY if prediction else BOTH_EMPTY
 
 
-def _class_mean(results: Sequence[ClassResult]) -> ClassMean:
+def _class_mean(every_result: Sequence[ClassResult]) -> ClassMean:
+    results = [result for result in every_result if result.status != NOT_ANNOTATED]
+    key, name, left_out = every_result[0].key, every_result[0].name, len(every_result) - len(results)
+    if not results:
+        return ClassMean(key, name, math.nan, math.nan, 0, 0, 0, left_out)
     counted = [result for result in results if result.status != BOTH_EMPTY]
     return ClassMean(
-        key=results[0].key,
-        name=results[0].name,
+        key=key,
+        name=name,
         cases=len(counted),
         both_empty=len(results) - len(counted),
         one_empty=sum(result.status in (REFERENCE_EMPTY, PREDICTION_EMPTY) for result in counted),
+        not_annotated=left_out or None,
         **{
             metric: _mean([getattr(result, metric) for result in counted])
             for metric in AVERAGED

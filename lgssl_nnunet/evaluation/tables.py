@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lgssl_nnunet.evaluation.metrics import POLICY, ClassMean, foreground_mean
+from lgssl_nnunet.evaluation.metrics import NOT_ANNOTATED_POLICY, POLICY, ClassMean, foreground_mean
 
 _METRICS = {
     "dice": "Dice",
@@ -19,6 +19,7 @@ _METRICS = {
 }
 _LENGTHS = ("hd95", "assd", "hd95_medpy", "asd_medpy")
 _COUNTS = {"cases": "cases", "both_empty": "both empty", "one_empty": "one empty"}
+_NOT_ANNOTATED = {"not_annotated": "not annotated"}
 _LESIONS = {
     "lesions": "lesions",
     "lesions_found": "found",
@@ -43,17 +44,18 @@ def class_table(means: Sequence[ClassMean], tolerance: float | None = None) -> s
 def _metric_table(means: Sequence[ClassMean]) -> str:
     shown = [metric for metric in _METRICS if any(getattr(mean, metric) is not None for mean in means)]
     average = foreground_mean(means)
+    counts = _COUNTS | (_NOT_ANNOTATED if any(mean.not_annotated for mean in means) else {})
     rows = [
         (
             m.name,
             m.key,
             *(_cell(metric, getattr(m, metric)) for metric in shown),
-            *(str(getattr(m, c)) for c in _COUNTS),
+            *(str(getattr(m, c) or 0) for c in counts),
         )
         for m in means
     ]
-    rows.append(("mean", "", *(_cell(metric, average.get(metric)) for metric in shown), *("" for _ in _COUNTS)))
-    return _aligned([("class", "label", *(_METRICS[metric] for metric in shown), *_COUNTS.values()), *rows])
+    rows.append(("mean", "", *(_cell(metric, average.get(metric)) for metric in shown), *("" for _ in counts)))
+    return _aligned([("class", "label", *(_METRICS[metric] for metric in shown), *counts.values()), *rows])
 
 
 def _lesion_table(means: Sequence[ClassMean]) -> str:
@@ -63,6 +65,8 @@ def _lesion_table(means: Sequence[ClassMean]) -> str:
 
 def _explanations(means: Sequence[ClassMean], tolerance: float | None) -> list[str]:
     lines = [POLICY]
+    if any(mean.not_annotated for mean in means):
+        lines.append(NOT_ANNOTATED_POLICY)
     if any(mean.hd95 is not None or mean.hd95_medpy is not None for mean in means):
         within = "" if tolerance is None else f"; SurfDice is at a tolerance of {tolerance:g} mm"
         lines.append(f"Distances are in mm{within}.")

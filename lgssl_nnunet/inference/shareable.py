@@ -36,8 +36,8 @@ _OF_FINGERPRINT = (
 def shareable_plans(plans: Mapping[str, Any]) -> dict[str, Any]:
     """Return plans with nnU-Net's part whole, and of ours what builds the network or describes the training.
 
-    The split becomes the number of cases of each kind (`num_cases`); twins and annotated slices, which are lists of
-    cases, are left out.
+    The split becomes the number of cases of each kind (`num_cases`); twins, annotated slices and annotated classes,
+    which are lists of cases, are left out.
     """
     if "lgssl" not in plans:
         return dict(plans)

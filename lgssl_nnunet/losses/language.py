@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lgssl_nnunet.losses.consistency import masked_mean
+from lgssl_nnunet.losses.marginal import marginal_logits
 from lgssl_nnunet.losses.prototypes import class_prototypes
 
 _SMALLEST = 1e-6
 
 
-def class_map_loss(maps: Sequence[Tensor], labels: Tensor, annotated: Tensor, exclusive: bool) -> Tensor:
+def class_map_loss(
+    maps: Sequence[Tensor], labels: Tensor, annotated: Tensor, exclusive: bool, known: Tensor | None = None
+) -> Tensor:
     """Cross-entropy between the class maps of the prompts' attention and the labels' shares of each coarse position.
 
     Source: ours, methods.md section 2.8.
@@ -24,23 +27,26 @@ def class_map_loss(maps: Sequence[Tensor], labels: Tensor, annotated: Tensor, ex
         labels: (B, C, *S) in 0 and 1, all 0 where there is no annotation.
         annotated: (B, 1, *S), where there is one.
         exclusive: whether one class excludes the others (softmax); False for regions (sigmoid).
+        known: (B, C), whether the patch's case annotates a class, see `marginal_logits`; None if all are annotated.
 
     Returns:
         Mean over the annotated volume, averaged over the maps; 0 without annotation.
     """
     # Autocast would compute the logarithms in half precision.
     with torch.autocast(labels.device.type, enabled=False):
+        if known is not None:
+            maps = [marginal_logits(logits, known, exclusive) for logits in maps]
         return torch.stack([_class_map_loss(logits.float(), labels, annotated, exclusive) for logits in maps]).mean()
 
 
 def _class_map_loss(logits: Tensor, labels: Tensor, annotated: Tensor, exclusive: bool) -> Tensor:
-    present, known = _shares(labels, logits), _shares(annotated, logits)
+    present, counted = _shares(labels, logits), _shares(annotated, logits)
     if exclusive:
         losses = -(present * functional.log_softmax(logits, dim=1)).sum(dim=1)
     else:
-        each = present * functional.logsigmoid(logits) + (known - present) * functional.logsigmoid(-logits)
+        each = present * functional.logsigmoid(logits) + (counted - present) * functional.logsigmoid(-logits)
         losses = -each.mean(dim=1)
-    return losses.sum() / known.sum().clamp(min=_SMALLEST)
+    return losses.sum() / counted.sum().clamp(min=_SMALLEST)
 
 
 def alignment(image_feature: Tensor, prompt_feature: Tensor, labels: Tensor) -> Tensor:

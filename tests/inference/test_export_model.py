@@ -51,6 +51,7 @@ def guided(model_maker) -> Path:
         "schema_version": 1,
         "split": SPLIT,
         "twins": [[PATIENT, f"{PATIENT}_2"]],
+        "partial_labels": {PATIENT: ["liver"]},
         "sparse_annotation": {"planned_as": "LGSSLCPUPlans", "slices": {PATIENT: {"z": 1, "y": 2}}},
         "text": {"encoder": "file:bank.npz (all-MiniLM-L6-v2)", "embeddings": EMBEDDINGS},
         "training": {"seed": 3, "hyperparameters": options},
@@ -60,6 +61,8 @@ def guided(model_maker) -> Path:
     described = {
         "dataset": {PATIENT: {"images": [f"/Users/{PATIENT}.nii.gz"]}},
         "training": [PATIENT],
+        "annotated": {PATIENT: ["liver"], "site": ["liver"]},
+        "groups": {"site": [f"{PATIENT}_*"]},
         "licence": "MIT",
     }
     change(folder / "dataset.json", **described)
@@ -156,7 +159,7 @@ def test_a_bundle_holds_no_name_of_a_case_no_path_and_no_state_of_the_training(g
     }
     assert "configurations" in plans
     assert dataset_json["licence"] == "MIT"
-    assert not {"dataset", "training"} & set(dataset_json)
+    assert not {"dataset", "training", "annotated", "groups"} & set(dataset_json)
     assert {"lgssl_nnunet", "nnunetv2", "torch"} <= set(manifest["versions"])
     assert manifest["model"] == {
         "dataset": "Dataset501_Tiny",

@@ -110,14 +110,17 @@ def test_labelled_predictions_follow_the_difference_term_only_when_asked(start):
     for detach in (True, False):
         trainer = start(detach_labeled=detach)
         seen = []
-        split = trainer._split
-        trainer._split = lambda logits, n, split=split, seen=seen: seen.append(split(logits, n)) or seen[-1]
+        original = trainer.probabilities
+        trainer.probabilities = lambda logits, of=original, seen=seen: seen.append(of(logits)) or seen[-1]
         difference = terms(trainer)["difference"].value
-        labeled = [p for p, _ in seen]
-        for p in labeled:
+        for p in seen:
             p.retain_grad()
         difference.backward()
-        assert all((p.grad is None) == detach for p in labeled)
+        assert len(seen) == 2
+        for p in seen:
+            labeled, unlabeled = p.grad.chunk(2)
+            assert bool(labeled.any()) != detach
+            assert bool(unlabeled.any())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lgssl_nnunet.evaluation.metrics import POLICY, ClassResult
+from lgssl_nnunet.evaluation.metrics import NOT_ANNOTATED, POLICY, ClassResult
 from lgssl_nnunet.evaluation.report.curves import Chart, draw
 from lgssl_nnunet.evaluation.report.facts import Fact, class_names
 from lgssl_nnunet.evaluation.report.inputs import ReportInputs
@@ -131,7 +131,8 @@ def _json(content: Any) -> str:
 
 def _class_in_words(result: ClassResult) -> str:
     texts = [text for name in _IN_HEADINGS if (text := _in_words(name, getattr(result, name)))]
-    return f"{result.name}: {', '.join(texts) or 'absent in both'}"
+    nothing = "not annotated" if result.status == NOT_ANNOTATED else "absent in both"
+    return f"{result.name}: {', '.join(texts) or nothing}"
 
 
 def _in_words(name: str, value: float | None) -> str:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lgssl_nnunet.errors import DatasetError, UsageError, install_extra
 from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
+from lgssl_nnunet.evaluation.metrics import NOT_ANNOTATED, NOT_ANNOTATED_POLICY
 from lgssl_nnunet.evaluation.report.curves import charts
 from lgssl_nnunet.evaluation.report.facts import collect_facts, foreground_names, ignored_label
 from lgssl_nnunet.evaluation.report.inputs import ReportCase, ReportInputs, find_inputs
@@ -238,6 +239,12 @@ def _notes(inputs: ReportInputs, results: Mapping[str, Any] | None, without_view
     notes = []
     if results is not None and all(result.hd95 is None for result in results["cases"]):
         notes.append(f"Surface distances were not measured; they need {install_extra('evaluation')}.")
+    partial = {result.case for result in (results or {}).get("cases", ()) if result.status == NOT_ANNOTATED}
+    if partial:
+        notes.append(
+            f"{NOT_ANNOTATED_POLICY} This concerns {len(partial)} cases. In their pictures such a class may be missing "
+            "from the reference, and what is predicted of it counts as a difference."
+        )
     unmeasured = [case.name for case in inputs.cases if not case.reference]
     if not inputs.cases:
         notes.append(

@@ -1,0 +1,28 @@
+"""Which cases of the plans train and which validate in a fold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+from lgssl_nnunet.dataset_conversion.twins import without_twins
+
+
+def fold_cases(settings: Mapping[str, Any], fold: int | str) -> tuple[list[str], list[str]]:
+    """Return training and validation cases out of the labelled cases of the plans.
+
+    `all` trains on every labelled case and validates on the same; folds 0 to 4 are nnU-Net's five-fold split inside
+    the labelled cases, without training on twins of the validation cases.
+
+    Args:
+        settings: the plans' block `lgssl`.
+        fold: "all" or a number.
+    """
+    labeled = sorted(settings["split"]["labeled"])
+    if fold == "all":
+        return labeled, labeled
+    split = generate_crossval_split(labeled, seed=12345, n_splits=5)[int(fold)]
+    validation = list(split["val"])
+    return without_twins(list(split["train"]), validation, settings.get("twins", [])), validation
