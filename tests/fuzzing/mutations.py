@@ -20,8 +20,8 @@ import torch
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", " ", "0",
     "none", "../x", "../../../etc/passwd", "/etc/passwd", "a\0b", "a/b", "\ud800", "os.system",
-    "torch.nn.functional.torch", "canary_module.Canary", "subprocess.Popen", "x" * 5000, [], {}, [[]], [None], [0], [1, 2, 3], ["a"],
-    {"": None}, {"0": {}}, [float("nan")] * 3, [[[0]]],
+    "torch.nn.functional.torch", "canary_module.Canary", "subprocess.Popen", "x" * 5000, [], {}, [[]], [None],
+    [0], [1, 2, 3], ["a"], {"": None}, {"0": {}}, [float("nan")] * 3, [[[0]]],
 ]  # fmt: skip
 """Values that have another type, another size or another meaning than what they replace."""
 

@@ -108,6 +108,7 @@ def attempt(
         tally.refused += 1
         assert len(sentence) > 20, f"no sentence: {sentence}"
     assert seen == [], f"something was run: {seen}"
+    assert not (folder / CANARY).exists()
     after = files_below(folder)
     changed = {file for file in before.keys() | after.keys() if before.get(file) != after.get(file)}
     assert {file for file in changed if not may_write(file)} == set()
@@ -124,7 +125,6 @@ def files_below(folder: Path) -> dict[Path, tuple[int, int]]:
 
 def require_whole(file: Path) -> None:
     """Fail if a file that was written is not whole."""
-    assert file.name != CANARY
     assert ".tmp" not in file.name
     assert ".partial" not in str(file)
     if file.suffix == ".json":
