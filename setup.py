@@ -81,6 +81,7 @@ setup(
             "surface-distance==0.1",
             "MedPy>=0.5.2,<0.6",
             "h5py>=3.8",
+            "hypothesis>=6.100",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",

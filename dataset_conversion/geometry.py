@@ -42,6 +42,17 @@ class Geometry:
         identity = np.eye(len(self.size)).ravel()
         return np.allclose(self.spacing, 1) and (self.direction is None or np.allclose(self.direction, identity))
 
+    @property
+    def fault(self) -> str | None:
+        """What no grid can have, in words: a spacing that is no length, a position that is no number; None if none."""
+        if not all(0 < length < np.inf for length in self.spacing):
+            return f"has spacing {rounded(self.spacing)} mm"
+        for name in ("origin", "direction"):
+            numbers = getattr(self, name)
+            if numbers is not None and not np.isfinite(numbers).all():
+                return f"has {name} {rounded(numbers)}"
+        return None
+
     def matches(self, other: Geometry) -> bool:
         """Whether both are the same grid within rounding."""
         return not self.differences(other, "")

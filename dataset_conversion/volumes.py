@@ -16,10 +16,19 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 
+from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.errors import DatasetError, MissingDependencyError, install_extra
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
 _LABEL_TOLERANCE = 1e-3
+_NIFTI_FAULTS = (
+    nib.filebasedimages.ImageFileError,
+    nib.spatialimages.HeaderDataError,
+    EOFError,
+    OverflowError,  # a length that is infinite
+    ValueError,  # one that is NaN
+    zlib.error,
+)
 _GZIP_CHUNK = 1 << 22
 _LONGEST_REASON = 200
 _ITK_SOURCE = re.compile(r"^(?:sitk::|itk::|ITK )ERROR: (?:\w+\(0x[0-9a-f]+\): )?|^\[nrrd\] (?:\w+: )?")
@@ -44,8 +53,11 @@ def read_volume(path: Path) -> sitk.Image:
     try:
         require_whole(path)
         image = sitk.ReadImage(str(path))
-    except (OSError, EOFError, RuntimeError) as error:
+    except (OSError, EOFError, RuntimeError, zlib.error) as error:
         raise DatasetError(f"{path}: cannot be read ({last_line(error)}); download or copy it again.") from None
+    fault = Geometry.of(image).fault
+    if fault is not None:
+        raise DatasetError(f"{path}: {fault}; correct its header or download it again.")
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:
         image = image[:, :, :, 0]
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
@@ -70,8 +82,8 @@ def require_whole(path: Path) -> None:
 def require_whole_nifti(path: Path) -> None:
     """Raise OSError if a NIfTI file ends too early; ITK would fill the rest with zeros. Cheap for whole files.
 
-    A gzip file ends with its uncompressed length: only a file in which that is not the header's is unpacked. Other
-    formats are left to their readers.
+    A gzip file ends with its uncompressed length: only a file in which that is not the header's is unpacked. From 4 GB
+    on it does not tell the length, and a small file could pass for a large one. Other formats are left to readers.
     """
     if not path.name.endswith((".nii", ".nii.gz")):
         return
@@ -81,7 +93,7 @@ def require_whole_nifti(path: Path) -> None:
         return
     with path.open("rb") as stream:
         stream.seek(-4, os.SEEK_END)
-        if int.from_bytes(stream.read(), "little") == expected % 2**32:
+        if int.from_bytes(stream.read(), "little") == expected:
             return
     length, whole = _unpacked_length(path)
     _require_length(length, expected, "uncompressed bytes")
@@ -93,7 +105,7 @@ def _nifti_length(path: Path) -> int:
     """Return how many bytes a NIfTI file has according to its header, uncompressed."""
     try:
         voxels = nib.load(path).dataobj
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, zlib.error) as error:
+    except _NIFTI_FAULTS as error:
         raise OSError(str(error)) from None
     return voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
 
@@ -148,7 +160,7 @@ def _float_voxels(path: Path) -> nib.arrayproxy.ArrayProxy | None:
         return None
     try:
         image = nib.load(path)
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError, EOFError, zlib.error) as error:
+    except _NIFTI_FAULTS as error:
         raise OSError(str(error)) from None
     return image.dataobj if image.get_data_dtype().kind == "f" else None
 

@@ -22,6 +22,18 @@ _NEARLY_FULL = 200e6
 """Bytes; less than that is free when a case of usual size could not be written."""
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -29,17 +41,17 @@ def read_json(path: Path) -> Any:
         DatasetError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DatasetError(f"{path}: the file does not exist; create it or check the folder's name.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise DatasetError(f"{path}: the file is not valid JSON ({error}); correct it.") from None
 
 
 def read_json_if_valid(path: Path) -> Any | None:
     """Return the content of a JSON file that this package wrote, None if it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ CHECKPOINTS = (FINAL_CHECKPOINT, LATEST_CHECKPOINT, BEST_CHECKPOINT)
 """nnU-Net's names for the checkpoints in a fold folder."""
 
 
+_PLAIN_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udc7f\udd00-\udfff]+")
+"""Without control characters, and without surrogates but for those by which Python names files in another coding."""
 _DATASET_NAME = re.compile(r"Dataset(\d{3,})_.+")
 
 
@@ -31,6 +34,21 @@ def dataset_number(name: str) -> int | None:
 def is_dataset(name: str, wanted: int | str) -> bool:
     """Whether a folder's name is the wanted one; Dataset007_Name is also dataset 7, 07 and 007."""
     return name == str(wanted) or (str(wanted).isdecimal() and dataset_number(name) == int(wanted))
+
+
+def is_plain_name(name: Any, longest: int = 255) -> bool:
+    """Whether a value can name a file or folder in the folder where it is looked for, and nothing elsewhere.
+
+    Args:
+        name: the value.
+        longest: number of characters that it may have.
+    """
+    return (
+        isinstance(name, str)
+        and len(name) <= longest
+        and _PLAIN_NAME.fullmatch(name) is not None
+        and name.strip(" .") != ""
+    )
 
 
 @dataclass(frozen=True)

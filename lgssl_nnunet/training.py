@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
-from lgssl_nnunet.files import write_json
+from lgssl_nnunet.files import read_json, read_json_if_valid, write_json
 from lgssl_nnunet.paths import (
     BEST_CHECKPOINT,
     CHECKPOINTS,
@@ -20,6 +19,7 @@ from lgssl_nnunet.paths import (
     LATEST_CHECKPOINT,
     use_data_folders,
 )
+from lgssl_nnunet.plans.dataset_json import load_dataset_json
 from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
@@ -238,14 +238,52 @@ def _check_plans(plans: dict[str, Any], configuration: str, trainer: str, datase
             f"lgssl_plan_and_preprocess again with -c {configuration} and without --no_pp."
         )
     if "lgssl" in plans:
+        _check_network(dataset_folder / f"{plans['plans_name']}.json", plans, configuration)
         _check_preprocessed(dataset_folder, plans, configuration)
+
+
+def _check_network(file: Path, plans: dict[str, Any], configuration: str) -> None:
+    """Refuse plans that name classes of elsewhere, which would be called, or whose architecture is no network."""
+    import torch
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from lgssl_nnunet.inference.known_classes import require_known_classes
+
+    try:
+        planned = PlansManager(plans)
+        chosen = planned.get_configuration(configuration)
+        require_known_classes(planned, chosen, file)
+        with torch.device("meta"):  # takes neither memory nor time
+            network = get_network_from_plans(
+                chosen.network_arch_class_name,
+                chosen.network_arch_init_kwargs,
+                chosen.network_arch_init_kwargs_req_import,
+                1,
+                2,
+                allow_init=False,
+            )
+            network(torch.empty(1, 1, *chosen.patch_size))
+    except LGSSLError:
+        raise
+    except Exception as error:  # networks fail in as many ways as layers have arguments
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise PlansError(
+            f"{file} makes no network for {configuration} ({reason}); plan the dataset again with "
+            "lgssl_plan_and_preprocess."
+        ) from error
+
+
+def _dataset_json(dataset_folder: Path, plans: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of a preprocessed dataset, checked if this package planned it."""
+    return load_dataset_json(dataset_folder) if "lgssl" in plans else read_json(dataset_folder / "dataset.json")
 
 
 def _check_preprocessed(dataset_folder: Path, plans: dict[str, Any], configuration: str) -> None:
     from lgssl_nnunet.plans.preprocessing import unprepared_cases
     from lgssl_nnunet.plans.sparse_annotation import unannotated_cases
 
-    dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = _dataset_json(dataset_folder, plans)
     missing = unprepared_cases(dataset_folder, plans, configuration, dataset_json)
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -354,7 +392,7 @@ def _check_trainer(
 ) -> None:
     """Let the method refuse the run once, before the processes are started."""
     _refuse_stock_trainer(trainer_class)
-    dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = _dataset_json(dataset_folder, plans)
     trainer_class.check_request(plans, configuration, fold, dataset_json)
     trainer_class.check_processes(plans, configuration, number)
 
@@ -421,7 +459,7 @@ def _refuse_other_plans(model_folder: Path, plans: Mapping[str, Any]) -> None:
     file = model_folder / "plans.json"
     if not any((fold / name).is_file() for fold in model_folder.glob("fold_*") for name in CHECKPOINTS):
         return
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != plans:
+    if file.is_file() and read_json_if_valid(file) != plans:
         raise CheckpointError(
             f"{file} differs from the present {plans['plans_name']}: the dataset was planned anew since these folds "
             "were trained. Move the model folder away to train again, or plan as before to go on with them."
@@ -443,7 +481,7 @@ def _build(
         # As nnU-Net's own command: patches have one size, for which the fastest algorithm is found once.
         torch.backends.cudnn.benchmark = True
         torch.cuda.set_device(device)
-    dataset_json = json.loads((dataset_folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = _dataset_json(dataset_folder, plans)
     # nnU-Net takes this entry out of the plans that it is given.
     plans = {**plans, "continue_training": continue_training}
     return trainer_class(plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device)

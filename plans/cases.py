@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.errors import DatasetError, UsageError
-from lgssl_nnunet.paths import data_folders, is_dataset
+from lgssl_nnunet.paths import data_folders, is_dataset, is_plain_name
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
 from lgssl_nnunet.plans.partial_labels import annotation_problems
 from lgssl_nnunet.problems import Problem
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
-_CASE_ID = re.compile(r"[^/\\]+")
 
 
 @dataclass(frozen=True)
@@ -164,8 +163,26 @@ def find_reader(dataset_json: dict[str, Any], example_image: Path) -> type[BaseR
     """Return nnU-Net's reader class for a dataset, chosen as nnU-Net's planner chooses it.
 
     Raises:
-        DatasetError: nnU-Net has no reader for the file ending.
+        DatasetError: nnU-Net has no reader for the file ending, or none of the name that dataset.json gives.
     """
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+    named = dataset_json.get("overwrite_image_reader_writer", "None")
+    found = _choice_of_nnunet(dataset_json, example_image) if isinstance(named, str) else None
+    if isinstance(found, type) and issubclass(found, BaseReaderWriter):  # any name in nnU-Net's modules is found
+        return found
+    if named != "None":
+        raise DatasetError(
+            f"dataset.json: overwrite_image_reader_writer is {str(named)[:100]!r}, which is no reader of nnU-Net; "
+            "correct it or leave it out."
+        )
+    raise DatasetError(
+        f"dataset.json: nnU-Net has no reader for files ending in {dataset_json['file_ending']!r}; "
+        "convert the images, for example to .nii.gz, and correct file_ending."
+    )
+
+
+def _choice_of_nnunet(dataset_json: dict[str, Any], example_image: Path) -> Any:
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
     noise = io.StringIO()
@@ -175,10 +192,7 @@ def find_reader(dataset_json: dict[str, Any], example_image: Path) -> type[BaseR
                 return determine_reader_writer_from_dataset_json(dataset_json, example, verbose=False)
         except RuntimeError:
             continue
-    raise DatasetError(
-        f"dataset.json: nnU-Net has no reader for files ending in {dataset_json['file_ending']!r}; "
-        "convert the images, for example to .nii.gz, and correct file_ending."
-    )
+    return None
 
 
 def _require_cases(folder: Path, cases: Mapping[str, Case], ending: str) -> None:
@@ -256,17 +270,24 @@ def _listed_cases(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[s
     """Read the cases that dataset.json lists itself; paths are relative to the folder, variables are expanded."""
     cases, problems = {}, []
     for name, entry in sorted(dataset_json["dataset"].items()):
-        if not isinstance(entry, dict) or not entry.get("images") or not _CASE_ID.fullmatch(name):
+        if not is_plain_name(name) or not _is_listing(entry):
             problem = Problem(f"dataset.json, case {name}", "has no list of images", "list one file per channel")
             problems.append(problem)
             continue
         images = tuple(_listed_path(folder, path) for path in entry["images"])
         for image in images:
-            if not image.exists():
+            if not os.path.exists(image):  # False where Path.exists raises: for a path that is too long
                 problems.append(Problem(str(image), "is listed in dataset.json but does not exist", "correct the path"))
         label = _listed_path(folder, entry["label"]) if entry.get("label") else None
-        cases[name] = Case(name, images, label if label is not None and label.exists() else None)
+        cases[name] = Case(name, images, label if label is not None and os.path.exists(label) else None)
     return cases, problems
+
+
+def _is_listing(entry: Any) -> bool:
+    """Whether an entry of dataset.json lists image files, and a label file if any."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("images"), list) and entry["images"]):
+        return False
+    return all(isinstance(path, str) for path in (*entry["images"], entry.get("label") or ""))
 
 
 def _listed_path(folder: Path, path: str) -> Path:

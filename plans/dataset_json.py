@@ -89,6 +89,8 @@ def _key_problems(dataset_json: Mapping[str, Any]) -> list[Problem]:
         elif not isinstance(dataset_json[key], kind) or not dataset_json[key]:
             shape = "a text such as .nii.gz" if kind is str else "an object with at least one entry"
             problems.append(Problem("dataset.json", f"{key!r} is not {shape}", "correct it"))
+    if not isinstance(dataset_json.get("dataset", {}), dict):
+        problems.append(Problem("dataset.json", "'dataset' is no object with cases", "correct it or leave it out"))
     return problems
 
 

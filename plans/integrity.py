@@ -282,6 +282,10 @@ def _read(
     except Exception as error:
         problems.append(Problem(_shown(path), f"cannot be read ({last_line(error)})", "copy or export it again"))
         return None
+    fault = _geometry(*found).fault
+    if fault:
+        problems.append(Problem(_shown(path), fault, "correct its header or export it again"))
+        return None
     wrong = wrong or int(found[0].size - np.count_nonzero(np.isfinite(found[0])))
     if wrong:
         problem = f"{wrong} voxels are NaN or infinite"

@@ -49,7 +49,7 @@ def annotated_classes(dataset_json: Mapping[str, Any], cases: Iterable[str]) -> 
     found: dict[str, list[str]] = {}
     for key, members in dataset_json.get("groups", {}).items():
         if key in annotated:
-            found.update(dict.fromkeys(_members(members, there), annotated[key]))
+            found.update(dict.fromkeys(members_there(members, there), annotated[key]))
     found.update({case: classes for case, classes in annotated.items() if case in there})
     ordered = {case: tuple(name for name in names if name in found[case]) for case in sorted(found)}
     return {case: classes for case, classes in ordered.items() if len(classes) < len(names)}
@@ -119,7 +119,7 @@ def _group_problems(name: str, members: list[str], cases: set[str]) -> list[Prob
         problems.append(_problem("groups", name, "is also the name of a case", "give the group another name"))
     if not members:
         problems.append(_problem("groups", name, "has no case", "list identifiers or patterns such as siteA_*"))
-    without = [member for member in members if not _members([member], cases)]
+    without = [member for member in members if not members_there([member], cases)]
     if without:
         shown = ", ".join(without[:_SHOWN]) + (f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else "")
         problems.append(_problem("groups", name, f"has no case {shown}", "correct the name or remove it"))
@@ -131,7 +131,7 @@ def _double_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str
     of: dict[str, list[str]] = {}
     for name in groups:
         if name in annotated:
-            for case in _members(groups[name], cases):
+            for case in members_there(groups[name], cases):
                 of.setdefault(case, []).append(name)
     remedy = "name the case itself in 'annotated', or take it out of all but one"
     return [
@@ -141,8 +141,13 @@ def _double_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str
     ]
 
 
-def _members(members: Iterable[str], cases: set[str]) -> set[str]:
-    """Return those of the cases that a group names by identifier or pattern."""
+def members_there(members: Iterable[str], cases: set[str]) -> set[str]:
+    """Return those of the cases that a group names.
+
+    Args:
+        members: identifiers and shell patterns.
+        cases: identifiers.
+    """
     found = cases.intersection(members)
     for pattern in members:
         if _WILDCARDS.intersection(pattern):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lgssl_nnunet.errors import PlansError, UsageError
+from lgssl_nnunet.errors import DatasetError, PlansError, UsageError
+from lgssl_nnunet.files import read_json, read_json_if_valid
 from lgssl_nnunet.paths import is_dataset
+from lgssl_nnunet.plans.form import require_form
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
         name: of the plans; None: the newest that lgssl_plan_and_preprocess made.
 
     Raises:
-        PlansError: there are none.
+        PlansError: there are none, or they are damaged.
     """
     available = _plans_files(dataset_folder)
     if name is not None:
@@ -54,8 +55,8 @@ def load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
         if not file.is_file():
             names = ", ".join(path.stem for path in available) or "none"
             raise PlansError(f"There are no plans {name} in {dataset_folder}; planned with this package: {names}.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    planned = [path for path in available if not _DERIVED_BLOCKS & json.loads(path.read_text())["lgssl"].keys()]
+        return _read_plans(file)
+    planned = [path for path in available if not _DERIVED_BLOCKS & available[path]["lgssl"].keys()]
     if not planned:
         raise PlansError(
             f"{dataset_folder} holds no plans of lgssl_plan_and_preprocess: run it first (nnU-Net's own plans say "
@@ -65,7 +66,16 @@ def load_plans(dataset_folder: Path, name: str | None) -> dict[str, Any]:
     if len(planned) > 1:
         others = ", ".join(path.stem for path in planned if path != newest)
         logger.info("Using the newest plans, %s (others: %s; choose with -p).", newest.stem, others)
-    return json.loads(newest.read_text(encoding="utf-8"))
+    return _read_plans(newest)
+
+
+def _read_plans(file: Path) -> dict[str, Any]:
+    try:
+        plans = read_json(file)
+    except DatasetError as error:
+        raise PlansError(str(error)) from None
+    require_form(plans, file)
+    return plans
 
 
 def planned_as(plans: Mapping[str, Any]) -> str:
@@ -84,14 +94,11 @@ def training_iterations(plans: Mapping[str, Any]) -> int:
     return schedule["num_epochs"] * schedule["iterations_per_epoch"]
 
 
-def _plans_files(dataset_folder: Path) -> list[Path]:
-    """Return the plans files with an lgssl block."""
-    files = []
-    for path in sorted(dataset_folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            continue
-        if isinstance(content, dict) and "lgssl" in content and "configurations" in content:
-            files.append(path)
-    return files
+def _plans_files(dataset_folder: Path) -> dict[Path, dict[str, Any]]:
+    """Return the content of the plans files with an lgssl block, by file."""
+    contents = {path: read_json_if_valid(path) for path in sorted(dataset_folder.glob("*.json"))}
+    return {
+        path: content
+        for path, content in contents.items()
+        if isinstance(content, dict) and isinstance(content.get("lgssl"), dict) and "configurations" in content
+    }

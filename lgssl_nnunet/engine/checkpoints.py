@@ -76,14 +76,16 @@ def _damage(file: Path) -> str | None:
     """Return what is wrong with the bytes of a checkpoint, None if its checksums fit."""
     try:
         with zipfile.ZipFile(file) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > file.stat().st_size:
+                return "what it holds is said to be larger than the file"  # torch compresses nothing
             member = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        return _short(error)
+    except (OSError, EOFError, NotImplementedError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        return _short(error)  # zipfile raises the middle ones for what it cannot decompress or decrypt
     return f"the checksum of {member} does not fit" if member else None
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def read_checkpoint(

@@ -18,6 +18,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from lgssl_nnunet.data.partial_labels import PartialLabel
+from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.volumes import last_line, require_whole
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.evaluation.lesions import count_lesions
@@ -170,5 +171,8 @@ class _CheckedReader:
             )
         # nnU-Net's readers turn SimpleITK's order of axes round: this is the array's order.
         spacing = tuple(float(step) for step in properties["spacing"])
+        fault = Geometry(segmentation.shape[1:], spacing).fault
+        if fault:
+            raise DatasetError(f"{file} {fault}; correct its header or write it again")
         self.read.append(_Segmentation(file, segmentation, spacing))
         return segmentation, properties

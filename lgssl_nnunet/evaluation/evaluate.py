@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,6 +21,7 @@ from lgssl_nnunet.evaluation.evaluation_files import write_results
 from lgssl_nnunet.evaluation.lesions import lesion_class_names
 from lgssl_nnunet.evaluation.part import cases_of_group, classes_of_part, summary_name
 from lgssl_nnunet.evaluation.surfaces import available_columns, missing_columns
+from lgssl_nnunet.files import parse_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import find_reader
 from lgssl_nnunet.plans.partial_labels import annotated_classes, annotation_problems
@@ -220,12 +220,26 @@ def _raise_failures(failures: Mapping[str, CaseFailure]) -> None:
 def _label_manager(
     plans: str | Path | Mapping[str, Any] | None, dataset: Mapping[str, Any], prediction: Path
 ) -> LabelManager:
-    """Return nnU-Net's reading of the labels, which the plans may change."""
-    if "labels" not in dataset or "file_ending" not in dataset:
+    """Return nnU-Net's reading of the labels, which the plans may change.
+
+    Raises:
+        PlansError: dataset.json has no labels and file ending in nnU-Net's form.
+    """
+    labels, ending = dataset.get("labels"), dataset.get("file_ending")
+    if not (isinstance(labels, Mapping) and isinstance(ending, str) and ending):
         raise PlansError("dataset.json needs the entries labels and file_ending; take the one of the raw dataset.")
-    if plans is None and not (prediction / "plans.json").is_file():
-        return LabelManager(dataset["labels"], dataset.get("regions_class_order"))
-    return PlansManager(_read_description(plans, prediction, "plans.json", "-pfile")).get_label_manager(dataset)
+    planned = None
+    if plans is not None or (prediction / "plans.json").is_file():
+        planned = PlansManager(_read_description(plans, prediction, "plans.json", "-pfile"))
+    try:
+        if planned is None:
+            return LabelManager(labels, dataset.get("regions_class_order"))
+        return planned.get_label_manager(dataset)
+    except (AssertionError, AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise PlansError(
+            f"nnU-Net can make nothing of the labels in dataset.json ({reason}); take the one of the raw dataset."
+        ) from error
 
 
 def _class_names(labels: LabelManager) -> dict[LabelOrRegion, str]:
@@ -250,8 +264,11 @@ def _read_description(
         return dict(source)
     file = Path(source).expanduser() if source else folder / name
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlansError(f"{file} is missing; name it with {flag}.") from error
     except ValueError as error:
         raise PlansError(f"{file} is not readable as JSON ({error}); name another with {flag}.") from error
+    if not isinstance(content, dict):
+        raise PlansError(f"{file} holds no JSON object; name another with {flag}.")
+    return content

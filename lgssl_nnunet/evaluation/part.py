@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from lgssl_nnunet.dataset_conversion.volumes import clean_identifier
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.evaluation.case import LabelOrRegion
 from lgssl_nnunet.files import read_json_if_valid
+from lgssl_nnunet.plans.partial_labels import members_there
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def cases_of_group(dataset: Mapping[str, Any], group: str | None) -> Callable[[s
         there = f"it has {', '.join(groups)}" if groups else "it has none; name the raw dataset's with -djfile"
         raise UsageError(f"--group {group}: dataset.json has no such group; {there}.")
     members = groups[group]
-    return lambda case: case in members or any(fnmatch.fnmatchcase(case, pattern) for pattern in members)
+    return lambda case: bool(members_there(members, {case}))
 
 
 def classes_of_part(

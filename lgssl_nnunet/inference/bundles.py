@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import CheckpointError
+from lgssl_nnunet.files import parse_json
 
 FORMAT = "lgssl_nnunet model bundle"
 FORMAT_VERSION = 1
@@ -113,6 +114,15 @@ def weights_member(fold: str, checkpoint: str) -> str:
 def is_plain_number(value: Any) -> bool:
     """Return whether a value read from JSON is a whole number (true and false are none)."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def are_mirroring_axes(value: Any) -> bool:
+    """Return whether a value read from a file is a list of spatial axes, each once."""
+    return (
+        isinstance(value, (list, tuple))
+        and all(is_plain_number(axis) and 0 <= axis < 3 for axis in value)
+        and len(set(value)) == len(value)
+    )
 
 
 class BundleWriter:
@@ -215,7 +225,7 @@ def open_bundle(file: Path) -> Bundle:
 
 def _from_manifest(file: Path, content: Mapping[str, Any]) -> Bundle:
     axes, weights = content["mirroring_axes"], tuple(map(_weights, content["weights"]))
-    if axes is not None and not (len(set(axes)) == len(axes) and all(is_plain_number(a) and 0 <= a < 3 for a in axes)):
+    if axes is not None and not are_mirroring_axes(axes):
         raise ValueError("mirroring_axes")
     members = {name: Member(entry["size"], entry["sha256"]) for name, entry in content["members"].items()}
     if set(members) != {*DESCRIPTIONS, *(weights_member(part.fold, part.checkpoint) for part in weights)}:
@@ -295,8 +305,8 @@ def _problem(entry: zipfile.ZipInfo) -> str:
 
 def _parse(content: bytes, file: Path, name: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json(content)
+    except ValueError as error:
         raise _damaged(file, f"{name} is no JSON: {str(error)[:100]}") from error
     if not isinstance(parsed, dict):
         raise _damaged(file, f"{name} is no JSON object")

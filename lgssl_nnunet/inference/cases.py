@@ -12,6 +12,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.volumes import (
     count_stored_not_finite,
     last_line,
@@ -230,7 +231,9 @@ def _channels_and_size(file: Path, rules: ImageRules) -> tuple[int, tuple[int, .
         shape = rules.reader().read_images([str(file)])[0].shape
         return int(shape[0]), tuple(int(n) for n in shape[1:])
     if file.name.endswith(_NIFTI_ENDINGS) and not issubclass(rules.reader, SimpleITKIO):
-        size = tuple(int(n) for n in nibabel.load(file).shape)
+        image = nibabel.load(file)
+        size = tuple(int(n) for n in image.shape)
+        geometry = Geometry(size, tuple(nibabel.affines.voxel_sizes(image.affine)), tuple(image.affine.ravel()))
     else:
         header = sitk.ImageFileReader()
         header.SetFileName(str(file))
@@ -238,6 +241,9 @@ def _channels_and_size(file: Path, rules: ImageRules) -> tuple[int, tuple[int, .
         size = tuple(int(n) for n in header.GetSize())
         if header.GetNumberOfComponents() > 1:
             raise DatasetError(f"each voxel is a vector of {header.GetNumberOfComponents()} numbers; save one per file")
+        geometry = Geometry(size, header.GetSpacing(), header.GetOrigin(), header.GetDirection())
+    if geometry.fault:
+        raise DatasetError(f"{geometry.fault}; correct its header or export it again")
     if len(size) > 3:
         raise DatasetError(f"the image has {len(size)} dimensions; save each channel as a file of its own")
     return 1, size

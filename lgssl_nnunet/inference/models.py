@@ -6,13 +6,13 @@ Reads folder names, files and manifests of bundles only: no torch, no nnU-Net.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from lgssl_nnunet.errors import CheckpointError, UsageError
+from lgssl_nnunet.files import parse_json
 from lgssl_nnunet.inference.bundles import Bundle, open_bundle
 from lgssl_nnunet.paths import FINAL_CHECKPOINT, data_folders, dataset_number, is_dataset
 from lgssl_nnunet.registry import trainer_names
@@ -327,7 +327,7 @@ def read_model_json(folder: Path, name: str) -> dict:
     """
     file = folder / name
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(
             f"{file} is missing, so {folder} is not a complete model folder; copy it there."
@@ -336,3 +336,6 @@ def read_model_json(folder: Path, name: str) -> dict:
         raise CheckpointError(
             f"{file} is not readable as JSON ({error}); copy it again from the trained model."
         ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; copy it again from the trained model.")
+    return content

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.errors import CheckpointError, LGSSLError, UsageError
 from lgssl_nnunet.inference.bundle_weights import unpack_weights
-from lgssl_nnunet.inference.bundles import open_bundle, weights_member
+from lgssl_nnunet.inference.bundles import are_mirroring_axes, open_bundle, weights_member
 from lgssl_nnunet.inference.cases import ImageRules
 from lgssl_nnunet.inference.known_classes import known_reader, require_known_classes
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, read_model_json
@@ -89,6 +90,13 @@ class StoredModel:
                     "models are mixed, or the versions differ from those of the training (lgssl_info shows yours). "
                     f"{error}"
                 ) from error
+            # Of the network, because a tensor of a file may claim any size that its memory does not have.
+            broken = [name for name, tensor in network.state_dict().items() if not torch.isfinite(tensor).all()]
+            if broken:
+                raise CheckpointError(
+                    f"The weights in {origin} are NaN or infinite in {broken[0]}, and would segment nothing: "
+                    "choose another checkpoint with -chk, or get the model again from where it was trained."
+                )
         return network
 
 
@@ -136,6 +144,8 @@ def _read_folder(folder: Path, folds: Sequence[int | str], checkpoint: str, trus
     if missing:
         raise CheckpointError(f"{missing[0]} is missing; choose folds with -f or a checkpoint with -chk.")
     checkpoints = {str(file): read_checkpoint(file, *_NEEDED, trust=trust) for file in files}
+    for file, content in checkpoints.items():
+        _require_form(content, file)
     first = checkpoints[str(files[0])]
     return _stored(
         folder,
@@ -146,6 +156,21 @@ def _read_folder(folder: Path, folds: Sequence[int | str], checkpoint: str, trus
         mirroring_axes=first.get("inference_allowed_mirroring_axes"),
         weights={file: content["network_weights"] for file, content in checkpoints.items()},
     )
+
+
+def _require_form(checkpoint: dict[str, Any], file: str) -> None:
+    """Refuse a checkpoint whose entries are not of the kind that nnU-Net writes."""
+    arguments, weights = checkpoint["init_args"], checkpoint["network_weights"]
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    wrong = {
+        "trainer_name": not isinstance(checkpoint["trainer_name"], str),
+        "init_args": not (isinstance(arguments, dict) and isinstance(arguments.get("configuration"), str)),
+        "network_weights": not (isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())),
+        "inference_allowed_mirroring_axes": not (axes is None or are_mirroring_axes(axes)),
+    }
+    if any(wrong.values()):
+        names = " and ".join(name for name in wrong if wrong[name])
+        raise CheckpointError(f"{file} has another {names} than nnU-Net writes; it is damaged or no checkpoint of it.")
 
 
 def _read_bundle(file: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> StoredModel:

@@ -27,6 +27,7 @@ SHIPPED_BANK = BANK_FOLDER / "minilm.npz"
 AVERAGED_BANK = BANK_FOLDER / "minilm_averaged.npz"
 STRUCTURES_FILE = BANK_FOLDER / "structures.json"
 
+_MAX_BYTES = 1 << 30
 _ARRAYS = ("prompts", "embeddings", "encoder", "sha256")
 
 
@@ -79,6 +80,8 @@ class EmbeddingBank:
         prompts, embeddings = arrays["prompts"], arrays["embeddings"]
         if prompts.ndim != 1 or prompts.dtype.kind != "U" or embeddings.ndim != 2 or embeddings.dtype.kind != "f":
             raise PromptError(f"Bank {path} must hold `prompts` (N,) as text and `embeddings` (N, T) as floats.")
+        if any(arrays[name].ndim or arrays[name].dtype.kind != "U" for name in ("encoder", "sha256")):
+            raise PromptError(f"Bank {path} must hold `encoder` and `sha256` as single texts: make it again.")
         if len(prompts) != len(embeddings) or embeddings.size == 0:
             raise PromptError(
                 f"Bank {path} has {len(prompts)} prompts and {len(embeddings)} embeddings: make it again."
@@ -196,15 +199,27 @@ def without_article(phrase: str) -> str:
     return re.sub(r"^(a|an|the)\s+", "", phrase, flags=re.IGNORECASE)
 
 
+def _array(content: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    array = content[name]
+    if not isinstance(array, np.ndarray):  # numpy returns what is no array as its bytes
+        raise ValueError(f"{name} is no array")
+    return array
+
+
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise PromptError(f"Bank {path} does not exist: give the path of a .npz file as file:BANK.npz.")
     try:
         with np.load(path, allow_pickle=False) as content:
             missing = [name for name in _ARRAYS if name not in content.files]
-            arrays = {name: content[name] for name in content.files}
+            size = sum(entry.file_size for entry in content.zip.infolist())
+            arrays = {} if missing or size > _MAX_BYTES else {name: _array(content, name) for name in _ARRAYS}
     except Exception as error:  # a damaged archive fails in as many ways as zip, zlib and numpy have errors
         raise PromptError(f"Bank {path} cannot be read ({error}): make or copy it again.") from error
     if missing:
         raise PromptError(f"Bank {path} lacks the arrays {', '.join(missing)}: a bank holds {', '.join(_ARRAYS)}.")
+    if not arrays:
+        raise PromptError(
+            f"Bank {path} unpacks to {size / 1e9:.0f} GB, which no bank has: get it again from its maker."
+        )
     return arrays

@@ -21,7 +21,6 @@ The rules, in one place:
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.errors import PromptError
+from lgssl_nnunet.files import parse_json
 
 CT = "CT"
 MRI = "MRI"
@@ -236,7 +236,7 @@ def load_prompt_file(path: str | Path) -> dict[str, str | list[str]]:
     path = Path(path)
     remedy = 'it must hold one JSON object such as {"liver": "liver with tumours"}.'
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PromptError(f"Prompt file {path} cannot be read ({error.strerror}); {remedy}") from error
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -14,10 +15,11 @@ from lgssl_nnunet.dataset_conversion.volumes import (
     count_not_finite_if_whole,
     last_line,
     read_h5,
+    read_volume,
     require_whole,
     require_whole_nifti,
 )
-from lgssl_nnunet.errors import MissingDependencyError
+from lgssl_nnunet.errors import DatasetError, MissingDependencyError
 
 LENGTH = 352 + 20**3
 
@@ -120,3 +122,40 @@ def test_damage_is_found_while_voxels_are_counted(tmp_path):
     file.write_bytes(content)
     with pytest.raises(OSError, match="CRC check failed"):
         count_not_finite_if_whole(file)
+
+
+def test_a_small_file_does_not_pass_for_one_that_is_4_gb_larger(tmp_path):
+    # the length at the end of a gzip file is the same
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((1024, 2048, 2048))
+    header["vox_offset"] = 352
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(header.binaryblock.replace(b"ni1", b"n+1") + bytes(4)))
+    with pytest.raises(OSError, match="truncated: 352 of 4294967648 uncompressed bytes are there"):
+        require_whole_nifti(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("offset", [np.nan, np.inf])
+def test_voxels_that_begin_nowhere_are_a_fault_of_the_file(offset, whole, tmp_path):
+    content = bytearray(whole("a.nii"))
+    content[108:112] = np.float32(offset).tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        read_volume(tmp_path / "a.nii")
+
+
+def test_damage_inside_a_compressed_volume_is_a_sentence(whole, tmp_path):
+    whole("a.nii.gz")
+    data = bytearray((tmp_path / "a.nii.gz").read_bytes())
+    data[2000:2100] = b"\xff" * 100
+    (tmp_path / "a.nii.gz").write_bytes(data)
+    with pytest.raises(DatasetError, match="cannot be read"):
+        read_volume(tmp_path / "a.nii.gz")
+
+
+def test_a_volume_whose_axes_are_no_numbers_is_refused(whole, tmp_path):
+    content = bytearray(whole("a.nii"))
+    content[300:304] = np.float32(np.nan).tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"has direction \[.*nan.*correct its header"):
+        read_volume(tmp_path / "a.nii")

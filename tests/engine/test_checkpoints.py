@@ -181,3 +181,19 @@ def test_without_a_whole_one_nothing_is_taken_in_silence(fold, tmp_path):
 
 def test_a_folder_without_checkpoints_has_none(tmp_path):
     assert newest_whole_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_that_would_become_larger_than_its_file_is_refused_before_it_is_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**6))
+    with pytest.raises(CheckpointError, match="is damaged: what it holds is said to be larger than the file"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_with_a_password_is_refused(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pth")
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.pth is damaged: .*password"):
+        newest_whole_checkpoint(tmp_path) or read_checkpoint(tmp_path / "a.pth")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lgssl_nnunet import files
+from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.files import (
     content_hash,
     copy_file,
@@ -18,6 +19,8 @@ from lgssl_nnunet.files import (
     file_signature,
     is_unchanged,
     link_file,
+    read_json,
+    read_json_if_valid,
     remove_leftovers,
     write_atomically,
     write_json,
@@ -167,3 +170,11 @@ def test_links_are_made_in_one_step(tmp_path):
     (tmp_path / "source").write_text("a")
     link_file(tmp_path / "source", tmp_path / "link")
     assert (tmp_path / "link").read_text() == "a"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "{", "\ufeff{}"])
+def test_what_json_cannot_read_is_a_sentence_for_people_and_none_for_our_own_files(text, tmp_path):
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"a\.json: the file is not valid JSON \(.+\); correct it"):
+        read_json(tmp_path / "a.json")
+    assert read_json_if_valid(tmp_path / "a.json") is None

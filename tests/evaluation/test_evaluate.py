@@ -490,3 +490,29 @@ def test_the_command_refuses_in_one_message(folders, capsys):
     error = capsys.readouterr().err
     assert "lacks 1 of 3 cases" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "holds no JSON object"),
+        ({"labels": LABELS, "file_ending": 5}, "needs the entries labels and file_ending"),
+        ({"labels": ["liver"], "file_ending": ".nii.gz"}, "needs the entries labels and file_ending"),
+        ({"labels": {"liver": 1}, "file_ending": ".nii.gz"}, "can make nothing of the labels .*Background"),
+        ({"labels": {**LABELS, "liver": None}, "file_ending": ".nii.gz"}, "can make nothing of the labels .*TypeError"),
+        ({"labels": REGIONS, "file_ending": ".nii.gz"}, "can make nothing of the labels .*regions_class_order"),
+    ],
+)
+def test_a_description_of_another_form_is_refused(content, words, folders):
+    (folders[1] / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(PlansError, match=words):
+        evaluate(*folders, num_processes=0)
+
+
+def test_a_segmentation_without_a_spacing_is_refused(folders, monkeypatch):
+    monkeypatch.setattr(
+        "nnunetv2.imageio.simpleitk_reader_writer.SimpleITKIO.read_seg",
+        lambda self, file: (np.zeros((1, 8, 8, 8)), {"spacing": [1.0, math.nan, 1.0]}),
+    )
+    with pytest.raises(DatasetError, match=r"a\.nii\.gz has spacing \[1\.0, nan, 1\.0\] mm; correct its header"):
+        evaluate(*folders, num_processes=0)

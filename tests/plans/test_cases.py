@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lgssl_nnunet.errors import DatasetError, UsageError
-from lgssl_nnunet.plans.cases import held_out_cases, load_raw_dataset
+from lgssl_nnunet.plans.cases import find_reader, held_out_cases, load_raw_dataset
 
 
 def problems_of(dataset: int) -> str:
@@ -132,3 +132,21 @@ def test_images_with_another_ending_are_named(raw_dataset):
     writer.write_json()
     with pytest.raises(DatasetError, match=r"holds no image ending in \.nii, .* it holds files ending in \.nii\.gz"):
         load_raw_dataset(901)
+
+
+@pytest.mark.parametrize("entry", [5, [], {"images": 5}, {"images": [None]}, {"images": ["a"], "label": 3}])
+def test_a_listed_case_that_is_no_list_of_files_is_named(entry, raw_dataset):
+    writer = raw_dataset(labeled=1)
+    whole = {"images": ["imagesTr/lab_00_0000.nii.gz"], "label": "labelsTr/lab_00.nii.gz"}
+    writer.content["dataset"] = {"lab_00": whole, "wrong": entry, "long": {"images": ["x" * 5000]}}
+    writer.write_json()
+    found = problems_of(901)
+    assert "dataset.json, case wrong: has no list of images" in found
+    assert f"{'x' * 5000}: is listed in dataset.json but does not exist" in found
+
+
+@pytest.mark.parametrize("name", ["np", None, True, ["SimpleITKIO"]])
+def test_a_reader_that_is_none_is_named(name, raw_dataset):
+    writer = raw_dataset(labeled=1, overwrite_image_reader_writer=name)
+    with pytest.raises(DatasetError, match=r"overwrite_image_reader_writer is .*, which is no reader of nnU-Net"):
+        find_reader(writer.content, writer.image_file("lab_00"))

@@ -59,3 +59,8 @@ def test_a_missing_or_damaged_dataset_json_is_refused(tmp_path):
     (tmp_path / "dataset.json").write_text("[]")
     with pytest.raises(DatasetError, match="one JSON object"):
         load_dataset_json(tmp_path)
+
+
+def test_a_list_of_cases_that_is_none_is_refused(tmp_path):
+    with pytest.raises(DatasetError, match="'dataset' is no object with cases"):
+        load(tmp_path, dataset=["case"])

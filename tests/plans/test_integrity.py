@@ -275,3 +275,12 @@ def test_prints_are_the_same_from_worker_processes(raw_dataset, tmp_path):
     for manifest, processes in zip(manifests, (0, 1), strict=True):
         check(passed_file=manifest, num_processes=processes)
     assert manifests[0].read_text() == manifests[1].read_text()
+
+
+def test_an_image_whose_axes_are_no_numbers_is_found(raw_dataset):
+    file = raw_dataset(labeled=2).image_file("unl_00")
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[300:304] = np.float32(np.nan).tobytes()
+    file.write_bytes(gzip.compress(content))
+    with pytest.raises(DatasetError, match=r"unl_00_0000\.nii\.gz: has direction \[.*nan.*correct its header"):
+        check()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -206,3 +207,26 @@ def test_missing_or_truncated_bank_is_refused(tmp_path):
     (tmp_path / "cut.npz").write_bytes(SHIPPED_BANK.read_bytes()[:5000])
     with pytest.raises(PromptError, match="cannot be read"):
         EmbeddingBank.load(tmp_path / "cut.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"encoder": np.array(["a", "b"])}, "must hold `encoder` and `sha256` as single texts"),
+        ({"sha256": np.array(3.0)}, "must hold `encoder` and `sha256` as single texts"),
+        ({"more": np.zeros(2**28, np.float32)}, "unpacks to 1 GB, which no bank has"),
+    ],
+)
+def test_a_bank_with_other_arrays_is_refused(change, words, tmp_path):
+    arrays = {"prompts": np.array(["liver"]), "embeddings": np.ones((1, 3)), "encoder": "x", "sha256": "y"}
+    np.savez_compressed(tmp_path / "bank.npz", **{**arrays, **change})
+    with pytest.raises(PromptError, match=words):
+        EmbeddingBank.load(tmp_path / "bank.npz")
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path):
+    np.savez(tmp_path / "bank.npz", prompts=np.array(["liver"]), encoder="x", sha256="y")
+    with zipfile.ZipFile(tmp_path / "bank.npz", "a") as archive:
+        archive.writestr("embeddings.npy", b"no array")
+    with pytest.raises(PromptError, match="embeddings is no array"):
+        EmbeddingBank.load(tmp_path / "bank.npz")

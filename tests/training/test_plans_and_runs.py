@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from lgssl_nnunet.errors import CheckpointError, PlansError, UsageError
+from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
 from lgssl_nnunet.training import train
 
 
@@ -95,3 +96,58 @@ def test_nor_does_a_run_on_several_gpus(train_tiny, monkeypatch):
     monkeypatch.setattr("lgssl_nnunet.engine.launching.launch", lambda *arguments: pytest.fail("it was started"))
     with pytest.raises(CheckpointError, match="planned anew since these folds"):
         train_tiny(continue_training=True, num_gpus=2)
+
+
+def put(*way: str, value: object) -> Callable[[dict], None]:
+    def change(plans: dict) -> None:
+        for name in way[:-1]:
+            plans = plans[name]
+        plans[way[-1]] = value
+
+    return change
+
+
+LAYERS = ("configurations", "3d_fullres", "architecture", "arch_kwargs")
+WRONG_PLANS = {
+    "a name elsewhere": (put("plans_name", value="../x"), "plans_name is no plain name"),
+    "another dataset": (put("dataset_name", value="../Dataset901_Phantom"), "lie in the folder of Dataset901_Phantom"),
+    "data elsewhere": (put("configurations", "2d", "data_identifier", value="../2d"), "data_identifier of 2d is no"),
+    "a batch of text": (put("configurations", "2d", "batch_size", value="2"), "batch_size of 2d is no whole number"),
+    "no configurations": (put("configurations", value=["3d_fullres"]), "configurations is no object of objects"),
+    "a case elsewhere": (put("lgssl", "split", "labeled", value=["../a"]), "split in lgssl is not as planning writes"),
+    "no split": (lambda plans: plans["lgssl"].pop("split"), "lgssl has no split"),
+    "no learning rate": (lambda plans: plans["lgssl"]["schedule"].pop("initial_lr"), "schedule in lgssl is not as"),
+    "an epoch of NaN": (put("lgssl", "schedule", "num_epochs", value=float("nan")), "schedule in lgssl is not as"),
+    "vectors of text": (put("lgssl", "text", "embeddings", value=[["a"]]), "text in lgssl is not as planning writes"),
+    "a fourth axis": (put("lgssl", "mirroring_axes", value=[3]), "mirroring_axes in lgssl is not as planning writes"),
+    "options as a list": (put("lgssl", "training", value=[1]), "training in lgssl is not as planning writes"),
+    "one twin": (put("lgssl", "twins", value=[["a"]]), "twins in lgssl is not as planning writes"),
+    "slices as a list": (put("lgssl", "sparse_annotation", value={"slices": []}), "sparse_annotation in lgssl is not"),
+    "a layer that is a function": (put(*LAYERS, "norm_op", value="os.abort"), "builds its network from os.abort"),
+    "a kernel of text": (put(*LAYERS, "kernel_sizes", value="abc"), "makes no network for 3d_fullres"),
+    "layers of another dimension": (
+        put(*LAYERS, "conv_op", value="torch.nn.modules.conv.Conv2d"),
+        "makes no network for 3d_fullres",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_PLANS)
+def test_plans_of_another_form_are_refused_before_anything_is_made(kind, dataset, train_tiny, files_below):
+    change, words = WRONG_PLANS[kind]
+    plans = dataset.plans()
+    change(plans)
+    dataset.plans_file.write_text(json.dumps(plans))
+    before = files_below(dataset.root)
+    with pytest.raises(LGSSLError, match=words):
+        train_tiny(plans=dataset.plans_file.stem)
+    assert files_below(dataset.root) == before
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"lgssl": 1'])
+def test_plans_that_are_no_json_object_are_refused(content, dataset, train_tiny):
+    dataset.plans_file.write_text(content)
+    with pytest.raises(PlansError, match=r"not valid JSON|holds no JSON object"):
+        train_tiny(plans=dataset.plans_file.stem)
+    with pytest.raises(PlansError, match="holds no plans of lgssl_plan_and_preprocess"):
+        train_tiny()
