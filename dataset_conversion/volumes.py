@@ -107,6 +107,8 @@ def _nifti_length(path: Path) -> int:
         voxels = nib.load(path).dataobj
     except _NIFTI_FAULTS as error:
         raise OSError(str(error)) from None
+    if min(voxels.shape, default=0) < 1:  # ITK reads one voxel where the header says none
+        raise OSError(f"the header gives {list(voxels.shape)} voxels along the axes")
     return voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
 
 

@@ -159,3 +159,12 @@ def test_a_volume_whose_axes_are_no_numbers_is_refused(whole, tmp_path):
     (tmp_path / "a.nii").write_bytes(content)
     with pytest.raises(DatasetError, match=r"has direction \[.*nan.*correct its header"):
         read_volume(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("length", [0, -20])
+def test_an_axis_without_voxels_is_a_fault_of_the_file(length, whole, tmp_path):
+    content = bytearray(whole("a.nii"))
+    content[44:46] = np.int16(length).tobytes()
+    (tmp_path / "a.nii").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"cannot be read \(the header gives \[20, .*, 20\] voxels along the axes"):
+        read_volume(tmp_path / "a.nii")

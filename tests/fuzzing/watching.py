@@ -25,16 +25,16 @@ from lgssl_nnunet.errors import LGSSLError
 resource = pytest.importorskip("resource", reason="memory is limited as on Linux")
 
 EXAMPLES = {
-    "images": 80,
-    "segmentations": 60,
-    "images to predict": 40,
-    "dataset.json": 80,
+    "images": 70,
+    "segmentations": 55,
+    "images to predict": 25,
+    "dataset.json": 65,
     "prompt files": 30,
     "lists of cases": 30,
-    "dataset.json beside predictions": 40,
-    "plans and dataset.json of a model": 60,
-    "plans to train": 40,
-    "checkpoints": 80,
+    "dataset.json beside predictions": 35,
+    "plans and dataset.json of a model": 50,
+    "plans to train": 25,
+    "checkpoints": 70,
     "bundles": 30,
     "embedding banks": 60,
 }
