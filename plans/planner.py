@@ -36,6 +36,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.files import environment, read_json, write_json
 from lgssl_nnunet.plans.cases import RawDataset
+from lgssl_nnunet.plans.merged_planning import fingerprint_to_plan_for
 from lgssl_nnunet.plans.protocol import LITERATURE_CONFIGURATION, Protocol
 
 logger = logging.getLogger(__name__)
@@ -244,7 +245,8 @@ def make_plans(
     with tempfile.TemporaryDirectory(prefix="lgssl_planning_") as folder:
         raw, preprocessed = Path(folder, "raw"), Path(folder, "preprocessed")
         write_json(_staged_dataset_json(dataset), raw / dataset.name / "dataset.json")
-        write_json(fingerprint, preprocessed / dataset.name / "dataset_fingerprint.json")
+        images = fingerprint_to_plan_for(dataset, fingerprint)
+        write_json(images, preprocessed / dataset.name / "dataset_fingerprint.json")
         output = io.StringIO()
         with (
             environment({"nnUNet_raw": str(raw), "nnUNet_preprocessed": str(preprocessed)}),

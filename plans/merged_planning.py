@@ -1,0 +1,59 @@
+"""Which images of a merged dataset the plans are made for: those of its largest source.
+
+nnU-Net plans for the median case. Where a few large scans are merged with many small ones, that is a small one, and
+patches, spacing and depth of the network would not do for the large ones. To the small ones larger patches do no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from lgssl_nnunet.plans.cases import RawDataset
+
+logger = logging.getLogger(__name__)
+
+DIFFERENT_SIZE = 2.0
+"""From this ratio of median numbers of voxels on, sources are not planned for their common median."""
+
+
+def fingerprint_to_plan_for(dataset: RawDataset, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint with shapes and spacings of the images that decide patch, spacing and network.
+
+    Args:
+        dataset: the raw dataset; only one that lgssl_merge_datasets made has sources.
+        fingerprint: of all its cases, in the order of `dataset.cases`.
+    """
+    medians = _median_shapes(dataset, fingerprint)
+    if not medians:
+        return fingerprint
+    voxels = {source: float(np.prod(shape)) for source, shape in medians.items()}
+    largest = max(voxels, key=voxels.__getitem__)
+    if voxels[largest] < DIFFERENT_SIZE * min(voxels.values()):
+        return fingerprint
+    sizes = ", ".join(f"{source} {' x '.join(f'{n:.0f}' for n in shape)}" for source, shape in medians.items())
+    logger.warning(
+        "The images of the merged datasets differ in size (median voxels: %s): spacing, patch and network are planned "
+        "for %s, whose images are the largest. Choose another spacing with -overwrite_target_spacing.",
+        sizes,
+        largest,
+    )
+    rows = _rows(dataset)[largest]
+    return fingerprint | {key: [fingerprint[key][row] for row in rows] for key in ("shapes_after_crop", "spacings")}
+
+
+def _median_shapes(dataset: RawDataset, fingerprint: dict[str, Any]) -> dict[str, np.ndarray]:
+    shapes = np.array(fingerprint["shapes_after_crop"])
+    return {source: np.median(shapes[rows], axis=0) for source, rows in _rows(dataset).items() if rows}
+
+
+def _rows(dataset: RawDataset) -> dict[str, list[int]]:
+    """Return by source where its cases, which bear its name, are in the fingerprint's lists."""
+    merged = dataset.dataset_json.get("merged")
+    sources = merged.get("cases") if isinstance(merged, dict) else None
+    if not isinstance(sources, dict):
+        return {}
+    cases = list(enumerate(dataset.cases))
+    return {source: [row for row, case in cases if case.startswith(f"{source}_")] for source in sources}
