@@ -65,7 +65,8 @@ def leave_out_of_summary(
             key: {name: float(np.nanmean([metrics[key][name] for metrics in cases])) for name in values}
             for key, values in summary["mean"].items()
         }
-    means = list(summary["mean"].values())
+    # nnU-Net counts voxels in every case, so a class without a count is annotated in none.
+    means = [mean for mean in summary["mean"].values() if not np.isnan(mean["TP"])]
     summary["foreground_mean"] = {name: float(np.mean([mean[name] for mean in means])) for name in means[0]}
     write_atomically(file, lambda temporary: save_summary_json(summary, str(temporary)))
     return {key: mean["Dice"] for key, mean in summary["mean"].items()}, summary["foreground_mean"]["Dice"]

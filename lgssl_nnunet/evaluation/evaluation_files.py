@@ -72,7 +72,8 @@ def _summary(per_case: list[dict[str, Any]], classes: Sequence[LabelOrRegion]) -
             key: {metric: np.nanmean([case["metrics"][key][metric] for case in per_case]) for metric in metrics}
             for key in classes
         }
-    foreground = {metric: np.mean([mean[key][metric] for key in classes]) for metric in metrics}
+    annotated = [key for key in classes if not np.isnan(mean[key]["TP"])]  # by at least one case
+    foreground = {metric: np.mean([mean[key][metric] for key in annotated]) for metric in metrics}
     summary = {"metric_per_case": per_case, "mean": mean, "foreground_mean": foreground}
     for part in (*per_case, mean, foreground):
         recursive_fix_for_json_export(part)

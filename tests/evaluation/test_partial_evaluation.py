@@ -95,7 +95,9 @@ def test_a_class_that_no_reference_annotates_has_no_mean(folders):
     assert math.isnan(tumour.dice)
     assert (tumour.cases, tumour.not_annotated) == (0, 3)
     assert found["dice"] == liver.dice
-    assert json.loads((folders[1] / "summary.json").read_text())["mean"]["1"]["Dice"] == pytest.approx(liver.dice)
+    summary = json.loads((folders[1] / "summary.json").read_text())
+    assert summary["mean"]["1"]["Dice"] == summary["foreground_mean"]["Dice"] == pytest.approx(liver.dice)
+    assert math.isnan(summary["mean"]["2"]["Dice"])
 
 
 @pytest.mark.parametrize(("labels", "annotated"), [(LABELS, "tumour"), (REGIONS, "tumour"), (REGIONS, "organ")])

@@ -16,6 +16,7 @@ import torch
 
 from lgssl_nnunet.engine.batches import finest
 from lgssl_nnunet.engine.seeding import seed_everything
+from lgssl_nnunet.engine.validation import leave_out_of_summary
 from lgssl_nnunet.errors import PlansError, SplitError
 from lgssl_nnunet.plans.splits import require_every_class
 from lgssl_nnunet.registry import find_trainer, trainer_names
@@ -313,6 +314,16 @@ def test_the_final_validation_leaves_out_what_a_case_does_not_annotate(trained, 
         expected = np.nanmean([found[number][key]["Dice"] for number in cases])
         assert summary["mean"][key]["Dice"] == pytest.approx(float(expected), nan_ok=True)
         assert summary["mean"][key]["n_ref"] == np.mean([found[number][key]["n_ref"] for number in cases])
+
+
+def test_a_class_that_no_validation_case_annotates_is_left_out_of_the_mean_over_classes(tmp_path):
+    counts = dict.fromkeys(("TP", "FP", "FN", "Dice"), 1.0)
+    entries = [{"prediction_file": f"/out/{case}.nii.gz", "metrics": {"1": counts, "2": counts}} for case in "ab"]
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps({"metric_per_case": entries, "mean": {"1": counts, "2": counts}, "foreground_mean": {}}))
+    dice, mean = leave_out_of_summary(file, ".nii.gz", dict.fromkeys("ab", lambda key: key == 2))
+    assert dice[1] == mean == json.loads(file.read_text())["foreground_mean"]["Dice"] == 1
+    assert math.isnan(dice[2])
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
