@@ -126,6 +126,12 @@ def _is_annotation(annotation: Any) -> bool:
     )
 
 
+def _is_partial_labels(partial: Any) -> bool:
+    return isinstance(partial, dict) and all(
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes) for classes in partial.values()
+    )
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**31
 
@@ -142,4 +148,5 @@ _BLOCK: Mapping[str, Callable[[Any], bool]] = {
     "training": _is_training,
     "twins": _is_twins,
     "sparse_annotation": _is_annotation,
+    "partial_labels": _is_partial_labels,
 }

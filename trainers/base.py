@@ -338,6 +338,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{next(iter(partial))}), and {cls.__name__} would learn that the others are background: train "
                 "SupervisedTrainer or LGSSLTrainer, or plan with --labeled_list and cases that annotate every class."
             )
+        unknown = sorted({name for classes in partial.values() for name in classes}.difference(dataset_json["labels"]))
+        if unknown:
+            raise PlansError(
+                f"partial_labels of {plans['plans_name']} name {' and '.join(unknown)}, which dataset.json does not: "
+                "plan the dataset again with lgssl_plan_and_preprocess."
+            )
         missing = missing_classes(dataset_json["labels"], partial, fold_cases(plans["lgssl"], fold)[0])
         if missing:
             raise SplitError(
