@@ -547,7 +547,7 @@ def _run_training(run: SemiSupervisedTrainer, only_validate: bool) -> None:
     if only_validate:
         return
     if run.current_epoch >= run.num_epochs:
-        logger.info("The training is finished: nothing to continue.")
+        _keep_final(run)
         return
     try:
         run.run_training()
@@ -557,11 +557,23 @@ def _run_training(run: SemiSupervisedTrainer, only_validate: bool) -> None:
             "Stopped in epoch %d of %d. %s",
             run.current_epoch + 1,
             run.num_epochs,
-            f"{checkpoint} is saved: the same command with --c goes on from it."
+            f"What was saved last is {checkpoint}: the same command with --c goes on from it."
             if checkpoint.is_file()
             else "Nothing is saved yet: the same command begins anew.",
         )
         raise
+
+
+def _keep_final(run: SemiSupervisedTrainer) -> None:
+    """Write the final checkpoint of a finished training anew if it is damaged or gone."""
+    from lgssl_nnunet.engine.checkpoints import is_whole
+
+    final = Path(run.output_folder) / FINAL_CHECKPOINT
+    if is_whole(final):
+        logger.info("The training is finished: nothing to continue.")
+        return
+    run.save_checkpoint(str(final))
+    logger.info("The training is finished; %s is written anew from its last state.", final)
 
 
 def _validate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,11 @@ from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.files import read_json
 from lgssl_nnunet.problems import Problem, raise_if_any
 
+logger = logging.getLogger(__name__)
+
+MEANT_KEYS = {"channel_names", "labels", "file_ending", "regions_class_order", "prompts", "annotated", "groups"}
+"""Keys that change what planning does; a misspelt one is named."""
+_LIKE = 0.8
 REQUIRED_KEYS = {"channel_names": dict, "labels": dict, "file_ending": str}
 
 
@@ -22,11 +29,26 @@ def load_dataset_json(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "dataset.json")
     if not isinstance(content, dict):
         raise DatasetError(f"{folder / 'dataset.json'}: must hold one JSON object; see nnU-Net's dataset format.")
-    problems = _key_problems(content)
-    if not problems:
-        problems = _channel_problems(content["channel_names"]) + label_problems(content)
+    wrong = _key_problems(content)
+    problems = list(wrong.values())
+    if "channel_names" not in wrong:
+        problems += _channel_problems(content["channel_names"])
+    if "labels" not in wrong:
+        problems += label_problems(content)
     raise_if_any(problems, folder.name)
+    _warn_about_keys(content)
     return content
+
+
+def _warn_about_keys(content: Mapping[str, Any]) -> None:
+    """Name keys that are probably misspelt, since what is optional would be left out without a word."""
+    for key in sorted(content.keys() - set(MEANT_KEYS)):
+        for meant in difflib.get_close_matches(key, MEANT_KEYS - content.keys(), n=1, cutoff=_LIKE):
+            logger.warning("dataset.json: the key %r means nothing; is %r meant?", key, meant)
+    if "groups" in content and "annotated" not in content:
+        logger.warning(
+            "dataset.json has 'groups' but no 'annotated': every labelled case counts as annotated in all classes."
+        )
 
 
 def label_values(labels: Mapping[str, Any]) -> list[int]:
@@ -79,18 +101,20 @@ def _channel_problems(channel_names: Mapping[str, Any]) -> list[Problem]:
     return [Problem("dataset.json", f"channel_names has the keys {list(channel_names)}", remedy)]
 
 
-def _key_problems(dataset_json: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+def _key_problems(dataset_json: Mapping[str, Any]) -> dict[str, Problem]:
+    """Return what is wrong with the required entries, by key."""
+    problems = {}
     for key, kind in REQUIRED_KEYS.items():
         if key not in dataset_json:
-            old_name = key == "channel_names" and "modality" in dataset_json
-            remedy = "rename 'modality' to it" if old_name else "add it"
-            problems.append(Problem("dataset.json", f"has no {key!r}", remedy))
+            old_name = ["modality"] if key == "channel_names" and "modality" in dataset_json else []
+            like = old_name or difflib.get_close_matches(key, dataset_json.keys() - set(MEANT_KEYS), n=1, cutoff=_LIKE)
+            remedy = f"rename {like[0]!r} to it" if like else "add it"
+            problems[key] = Problem("dataset.json", f"has no {key!r}", remedy)
         elif not isinstance(dataset_json[key], kind) or not dataset_json[key]:
             shape = "a text such as .nii.gz" if kind is str else "an object with at least one entry"
-            problems.append(Problem("dataset.json", f"{key!r} is not {shape}", "correct it"))
+            problems[key] = Problem("dataset.json", f"{key!r} is not {shape}", "correct it")
     if not isinstance(dataset_json.get("dataset", {}), dict):
-        problems.append(Problem("dataset.json", "'dataset' is no object with cases", "correct it or leave it out"))
+        problems["dataset"] = Problem("dataset.json", "'dataset' is no object with cases", "correct it or leave it out")
     return problems
 
 

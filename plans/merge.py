@@ -252,7 +252,9 @@ def _checked(
     # With a dataset missing, its classes would be called unknown.
     complete = len(sources) == len(datasets)
     classes, unclear = merge_classes([member for source in sources for member in source.classes], same, keep_apart)
-    unclear += [problem for source in sources for problem in annotation_problems(source, classes)]
+    unclear += [
+        problem for source in sources if not source.dataset.problems for problem in annotation_problems(source, classes)
+    ]
     raise_if_any([*problems, *(unclear if complete else [])], f"The merge into {target.name}")
     folder = MergedFolder(target, sources[0].dataset.file_ending, link)
     return Merge(tuple(sources), tuple(classes), channels, folder)

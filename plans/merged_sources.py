@@ -130,13 +130,13 @@ def annotated_and_groups(
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return what a dataset contributes to `annotated` and `groups` of the merged dataset.json.
 
-    A dataset without these keys is one group, whose classes are annotated. One that has them keeps its groups, and its
+    A dataset without `annotated` is one group, whose classes are annotated. One that has it keeps its groups, and its
     other cases are a group of their own.
     """
     groups, annotated = (source.dataset.dataset_json.get(key) or {} for key in ("groups", "annotated"))
     everything = _annotated_by(source, merged, [member.name for member in source.classes])
     if not annotated:
-        return {source.name: everything}, {source.name: [f"{glob.escape(source.name)}_*"]} | _renamed(source, groups)
+        return {source.name: everything}, {source.name: [f"{glob.escape(source.name)}_*"]}
     named = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
     mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in named.items()}
     patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]

@@ -24,8 +24,11 @@ _SHOWN = 5
 
 
 def partial_labels(dataset: RawDataset) -> dict[str, tuple[str, ...]]:
-    """Return the annotated classes of those labelled cases that annotate only some."""
-    return annotated_classes(dataset.dataset_json, dataset.labeled)
+    """Return the annotated classes of those labelled cases that annotate only some.
+
+    None of a dataset with problems, which may lie in what it says of its annotation and are told first.
+    """
+    return {} if dataset.problems else annotated_classes(dataset.dataset_json, dataset.labeled)
 
 
 def label_readings(dataset: RawDataset) -> dict[str, PartialLabel]:

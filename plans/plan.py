@@ -367,7 +367,7 @@ def _report_cases(complete: RawDataset, dataset: RawDataset, budget: Budget) -> 
         len(dataset.labeled),
         len(dataset.unlabeled),
     )
-    partial = {} if dataset.problems else partial_labels(dataset)
+    partial = partial_labels(dataset)
     if partial:
         logger.info("%d of the labelled cases annotate only some of the classes.", len(partial))
     if not dataset.unlabeled:

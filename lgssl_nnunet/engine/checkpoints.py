@@ -72,6 +72,11 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def is_whole(file: Path) -> bool:
+    """Whether a checkpoint is there and its checksums fit."""
+    return file.is_file() and _damage(file) is None
+
+
 def _damage(file: Path) -> str | None:
     """Return what is wrong with the bytes of a checkpoint, None if its checksums fit."""
     try:
@@ -85,7 +90,8 @@ def _damage(file: Path) -> str | None:
 
 
 def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Return the first sentence of an error; torch's go on with advice to whoever wrote the program."""
+    return " ".join(str(error).split()).split(". ")[0][:200] or type(error).__name__
 
 
 def read_checkpoint(
@@ -122,7 +128,8 @@ def read_checkpoint(
                 "lgssl_predict, lgssl_export_model and -pretrained_weights take it with --trust_checkpoint."
             ) from error
         raise CheckpointError(
-            f"{file} cannot be read ({_short(error)}); it is damaged or no checkpoint of nnU-Net."
+            f"{file} cannot be read ({_short(error)}); it is damaged or no checkpoint of nnU-Net: get it again from "
+            "where it was trained, or take another one."
         ) from error
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [key for key in needed if key not in entries]

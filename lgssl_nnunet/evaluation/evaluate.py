@@ -92,6 +92,8 @@ def evaluate(
     _require_folders(reference, prediction)
     dataset = _read_description(dataset_json, prediction, "dataset.json", "-djfile")
     labels = _label_manager(plans, dataset, prediction)
+    # The folder need not hold every case that dataset.json names.
+    raise_if_any(annotation_problems(dataset), "The dataset.json of the predictions")
     belongs = cases_of_group(dataset, group)
     names = classes_of_part(_class_names(labels), dataset, group, prediction)
     lesions = _lesion_classes(lesion_classes, list(names.values()))
@@ -115,8 +117,6 @@ def evaluate(
 
 def _partial_labels(dataset: Mapping[str, Any], cases: Sequence[str]) -> dict[str, PartialLabel]:
     """Return how the references of those cases are read that annotate only some of the classes."""
-    # The folder need not hold every case that dataset.json names.
-    raise_if_any(annotation_problems(dataset), "The dataset.json of the predictions")
     partial = annotated_classes(dataset, cases)
     if partial:
         logger.info("%d reference(s) annotate only some of the classes; the others are left out there.", len(partial))

@@ -49,6 +49,12 @@ def here(reference: Path, prediction: Path, **options):
     return evaluate(reference, prediction, num_processes=0, progress=False, **options)
 
 
+def test_annotated_as_a_list_is_refused(folders):
+    describe(folders[1], annotated=["a"])
+    with pytest.raises(DatasetError, match="'annotated' is not an object"):
+        here(*folders)
+
+
 def test_a_class_that_a_case_does_not_annotate_is_left_out_of_everything(folders):
     complete = here(*folders)
     describe(folders[1], **PARTIAL)

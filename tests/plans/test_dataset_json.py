@@ -21,6 +21,7 @@ def load(tmp_path, **changes):
     [
         ({"labels": None}, "has no 'labels'"),
         ({"file_ending": None}, "has no 'file_ending'"),
+        ({"channel_names": None, "chanel_names": {"0": "CT"}}, "rename 'chanel_names'"),
         ({"channel_names": None, "modality": {"0": "CT"}}, "rename 'modality'"),
         ({"labels": ["background", "liver"]}, "'labels' is not an object"),
         ({"file_ending": 3}, "'file_ending' is not a text"),
@@ -64,3 +65,8 @@ def test_a_missing_or_damaged_dataset_json_is_refused(tmp_path):
 def test_a_list_of_cases_that_is_none_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="'dataset' is no object with cases"):
         load(tmp_path, dataset=["case"])
+
+
+def test_a_missing_key_does_not_hide_what_else_is_wrong(tmp_path):
+    with pytest.raises(DatasetError, match=r"(?s)has 2 problems.*no 'channel_names'.*not consecutive"):
+        load(tmp_path, channel_names=None, labels={"background": 0, "liver": 2})

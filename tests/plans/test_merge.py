@@ -48,6 +48,14 @@ def two(raw_dataset):
     return first, second
 
 
+@pytest.mark.parametrize("entries", [{"annotated": ["lab_00"]}, {"annotated": {"A": ["liver"]}, "groups": ["A"]}])
+def test_lists_where_objects_belong_are_told_with_the_other_problems(entries, two):
+    two[0].content.update(entries)
+    two[0].write_json()
+    with pytest.raises(DatasetError, match="is not an object that gives a list of texts for each name"):
+        here([901, 902], 903)
+
+
 def test_all_cases_are_there_under_names_that_tell_where_they_are_from(two):
     merged = here([901, 902], 903)
     assert merged.name == "Dataset903_Merged"

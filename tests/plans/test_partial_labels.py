@@ -61,6 +61,26 @@ def test_without_annotated_nothing_is_partial_and_groups_may_be_anything(raw_dat
     assert partial_labels(dataset) == {}
 
 
+@pytest.mark.parametrize("entries", [{"annotated": ["lab_00"]}, {"annotated": {"A": ["liver"]}, "groups": ["A"]}])
+def test_lists_instead_of_objects_are_told_by_planning(entries, raw_dataset, plan_tiny):
+    declare(raw_dataset(labeled=2, unlabeled=1), **entries)
+    with pytest.raises(DatasetError, match="is not an object that gives a list of texts for each name; correct it"):
+        plan_tiny()
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"anotated": {"lab_00": ["liver"]}}, "the key 'anotated' means nothing; is 'annotated' meant?"),
+        ({"groups": {"siteA": ["lab_00"]}}, "'groups' but no 'annotated': every labelled case counts as annotated"),
+    ],
+)
+def test_what_would_be_left_out_in_silence_is_named(entries, words, raw_dataset, caplog):
+    declare(raw_dataset(labeled=1), **entries)
+    load_raw_dataset(901)
+    assert words in caplog.text
+
+
 def test_everything_wrong_is_told_at_once_with_the_other_problems(raw_dataset, plan_tiny):
     writer = raw_dataset(labeled=4, unlabeled=1)
     writer.image_file("unl_00").rename(writer.image_file("unl_00", channel=3))

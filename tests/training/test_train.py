@@ -219,6 +219,21 @@ def test_a_training_leaves_an_nnunet_model_folder(train_tiny):
     assert not [name for name in files if name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_finished_training_without_a_whole_final_checkpoint_gets_it_back(is_there, train_tiny, same, caplog):
+    folder = train_tiny(epochs=1) / "fold_all"
+    final = folder / "checkpoint_final.pth"
+    whole = final.read_bytes()
+    before = torch.load(final, weights_only=False)
+    (folder / "checkpoint_best.pth").write_bytes(whole)
+    final.write_bytes(whole[: len(whole) // 2])
+    if not is_there:
+        final.unlink()
+    train_tiny(epochs=1, continue_training=True)
+    assert f"{final} is written anew from its last state" in caplog.text
+    assert same(torch.load(final, weights_only=False)["network_weights"], before["network_weights"])
+
+
 def test_a_finished_training_that_is_continued_stays_as_it_is(train_tiny, same):
     def weights(folder: Path):
         return torch.load(folder / "fold_all" / "checkpoint_final.pth", weights_only=False)
@@ -251,7 +266,7 @@ def test_a_killed_training_continues_as_if_nothing_had_happened(trainer, where, 
         with pytest.raises(KeyboardInterrupt):
             train_tiny(**options)
     assert "Stopped in epoch 2 of 3." in caplog.text
-    assert "checkpoint_latest.pth is saved: the same command with --c goes on from it." in caplog.text
+    assert "checkpoint_latest.pth: the same command with --c goes on from it." in caplog.text
     with pytest.raises(CheckpointError, match=r"already holds checkpoint_latest.pth"):
         train_tiny(**options)
     resumed = final(train_tiny(**options, continue_training=True))
