@@ -94,7 +94,7 @@ def test_a_command_says_what_is_wrong_in_a_sentence(kind, place, capsys):
         status = import_module(f"lgssl_nnunet.cli.{command}").main(arguments)
     error = capsys.readouterr().err
     assert status in (1, 2)
-    assert re.search(r"^[\w.]+: error: .{20,}", error, re.MULTILINE)
+    assert re.search(r"^[\w.-]+: error: .{20,}", error, re.MULTILINE)
     assert "Traceback" not in error
     assert seen == []
     after = files_below(place)

@@ -27,7 +27,7 @@ DATASET_JSON = {
     "labels": {"background": 0, "liver": 1, "gallbladder": 2, "ignore": 3},
     "numTraining": 2,
     "file_ending": ".nii.gz",
-    "prompts": {"liver": "liver", "gallbladder": ["gallbladder", "A sentence on it."]},
+    "prompts": {"liver": "liver", "gallbladder": ["gallbladder", "kidney"]},
     "overwrite_image_reader_writer": "SimpleITKIO",
 }
 REGIONS = {

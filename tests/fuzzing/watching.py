@@ -49,6 +49,7 @@ CANARY = "canary"
 _SECONDS, _SECONDS_WITHOUT_PYTHON = 60, 240
 _BYTES_MORE = 3 << 30
 _PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty"}
+_HERE = str(Path(__file__).parent)
 _KNOWN_CODE = tuple(
     os.path.realpath(path)
     for path in (*dict.fromkeys(sysconfig.get_paths().values()), *sys.path, Path(__file__).parents[2])
@@ -178,9 +179,9 @@ def _hook(event: str, arguments: Sequence[Any]) -> None:
 
 def _is_importing(frame: FrameType | None) -> bool:
     """Whether an installed module is being imported: some write functions as text and run it."""
-    while frame is not None and frame.f_code not in (attempt.__code__, watched.__wrapped__.__code__):
+    while frame is not None and not frame.f_code.co_filename.startswith(_HERE):
         if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(_KNOWN_CODE):
-            return "pytest" not in frame.f_code.co_filename
+            return True
         frame = frame.f_back
     return False
 

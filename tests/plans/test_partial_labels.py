@@ -19,7 +19,7 @@ from lgssl_nnunet.plans.preprocessing import unprepared_cases
 from lgssl_nnunet.plans.sparse_annotation import sparse_annotation
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "ignore": 4}
-REGIONS = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "centre": 3}
+REGIONS = {"background": 0, "kidney with tumour": [1, 2, 3], "kidney tumour": [2, 3], "kidney cyst": 3}
 
 
 def declare(writer, **entries) -> None:
@@ -131,9 +131,9 @@ def test_other_forms_are_refused(raw_dataset, entries, which):
 
 def test_regions_are_annotated_by_their_names(raw_dataset):
     writer = raw_dataset(labeled=2, labels=REGIONS, regions_class_order=[1, 2, 3])
-    declare(writer, annotated={"lab_00": ["whole", "centre"]})
+    declare(writer, annotated={"lab_00": ["kidney with tumour", "kidney cyst"]})
     assert problems_of(writer) == []
-    assert partial_labels(load_raw_dataset(901)) == {"lab_00": ("whole", "centre")}
+    assert partial_labels(load_raw_dataset(901)) == {"lab_00": ("kidney with tumour", "kidney cyst")}
 
 
 # ------------------------------------------------------------------------------------------------------------- budgets
@@ -185,11 +185,13 @@ def test_values_of_classes_not_annotated_are_read_as_0_and_the_ignore_label_stay
 
 
 def test_only_annotated_regions_decide_what_is_read():
-    reading = PartialLabel.of(REGIONS, ["core"])
+    reading = PartialLabel.of(REGIONS, ["kidney tumour"])
     np.testing.assert_array_equal(reading.read(np.arange(4)), [0, 0, 2, 2])  # core tells 2 from 1, and not from 3
     assert reading.count_hidden(np.array([1, 2, 3, 1])) == 2
     assert [reading.hides(key) for key in ((1, 2, 3), [2, 3], 3)] == [True, False, True]
-    np.testing.assert_array_equal(PartialLabel.of(REGIONS, ["whole", "centre"]).read(np.arange(4)), [0, 1, 1, 3])
+    np.testing.assert_array_equal(
+        PartialLabel.of(REGIONS, ["kidney with tumour", "kidney cyst"]).read(np.arange(4)), [0, 1, 1, 3]
+    )
 
 
 def relabel(writer, case: str, change) -> None:
@@ -229,7 +231,7 @@ def everything_made(preprocessed) -> dict:
 
 VARIANTS = {
     "classes": ({"labels": {"background": 0, "liver": 1, "spleen": 2}}, ["liver"], [2], [1]),
-    "regions": ({"labels": REGIONS, "regions_class_order": [1, 2, 3]}, ["core"], [1], [2, 3]),
+    "regions": ({"labels": REGIONS, "regions_class_order": [1, 2, 3]}, ["kidney tumour"], [1], [2, 3]),
 }
 
 
@@ -261,7 +263,7 @@ def test_wrong_values_in_classes_not_annotated_change_nothing_to_the_bit(
 
 def test_regions_within_an_annotated_one_change_nothing_either(raw_dataset, plan_tiny, data_root, same, caplog):
     writer = raw_dataset(labeled=3, unlabeled=1, labels=REGIONS, regions_class_order=[1, 2, 3])
-    declare(writer, annotated={"lab_00": ["whole"]})
+    declare(writer, annotated={"lab_00": ["kidney with tumour"]})
     relabel(writer, "lab_00", lambda label: (label > 0) * 3)
     preprocessed = data_root / "nnUNet_preprocessed" / writer.folder.name
     plan_tiny()
@@ -285,7 +287,7 @@ def test_places_are_noted_of_annotated_regions_only(raw_dataset, plan_tiny, data
         relabel(
             writer, case, lambda label: np.where(label > 0, np.random.default_rng(1).choice([1, 2, 3], label.shape), 0)
         )
-    declare(writer, annotated={"lab_00": ["core"]})
+    declare(writer, annotated={"lab_00": ["kidney tumour"]})
     plan_tiny()
     preprocessed = data_root / "nnUNet_preprocessed" / writer.folder.name
     found = locations(preprocessed, "lab_00")

@@ -82,7 +82,7 @@ def test_rounds_in_which_the_machine_is_slower_do_not_change_the_ratio():
 def test_a_row_says_what_is_unknown(started):
     trainer = started(step_cost.REFERENCE)
     trainer.__class__ = type("UnknownTrainer", (type(trainer),), {})
-    subject = step_cost.Subject("UnknownTrainer", trainer, [], 0.5, [[1.0]], None, 10)
+    subject = step_cost.Subject("UnknownTrainer", trainer, [], 0.5, [[1.0]], overheads=[1.0], flops=10)
     row = step_cost.result(subject, subject, {}, {})
     assert (row["floor ratio"], row["floor seconds"], row["step ratio"]) == (None, None, 1.0)
     assert step_cost.table([row]).splitlines()[-1].count(" - ") == 7
