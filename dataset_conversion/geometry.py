@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -87,3 +88,12 @@ def snap(label: sitk.Image, image: sitk.Image) -> sitk.Image:
 def rounded(numbers: Sequence[float]) -> list[float]:
     """Return numbers for a message."""
     return [round(float(number), 4) for number in numbers]
+
+
+def are_spatial_axes(value: Any) -> bool:
+    """Whether a value read from a file lists axes of a volume, by their numbers and each once (true is no number)."""
+    return (
+        isinstance(value, (list, tuple))
+        and all(isinstance(axis, int) and not isinstance(axis, bool) and 0 <= axis < 3 for axis in value)
+        and len(set(value)) == len(value)
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lgssl_nnunet.dataset_conversion.geometry import are_spatial_axes
 from lgssl_nnunet.errors import PlansError
 from lgssl_nnunet.paths import is_plain_name
 
@@ -92,11 +93,7 @@ def _is_text(text: Any) -> bool:
 
 
 def _is_axes(axes: Any) -> bool:
-    return axes is None or (
-        isinstance(axes, list)
-        and all(type(axis) is int and 0 <= axis < 3 for axis in axes)
-        and len({*axes}) == len(axes)
-    )
+    return axes is None or are_spatial_axes(axes)
 
 
 def _is_training(training: Any) -> bool:

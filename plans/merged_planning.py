@@ -26,7 +26,9 @@ def fingerprint_to_plan_for(dataset: RawDataset, fingerprint: dict[str, Any]) ->
         dataset: the raw dataset; only one that lgssl_merge_datasets made has sources.
         fingerprint: of all its cases, in the order of `dataset.cases`.
     """
-    medians = _median_shapes(dataset, fingerprint)
+    rows = {source: found for source, found in _rows(dataset).items() if found}
+    shapes = np.array(fingerprint["shapes_after_crop"])
+    medians = {source: np.median(shapes[found], axis=0) for source, found in rows.items()}
     if not medians:
         return fingerprint
     voxels = {source: float(np.prod(shape)) for source, shape in medians.items()}
@@ -40,13 +42,9 @@ def fingerprint_to_plan_for(dataset: RawDataset, fingerprint: dict[str, Any]) ->
         sizes,
         largest,
     )
-    rows = _rows(dataset)[largest]
-    return fingerprint | {key: [fingerprint[key][row] for row in rows] for key in ("shapes_after_crop", "spacings")}
-
-
-def _median_shapes(dataset: RawDataset, fingerprint: dict[str, Any]) -> dict[str, np.ndarray]:
-    shapes = np.array(fingerprint["shapes_after_crop"])
-    return {source: np.median(shapes[rows], axis=0) for source, rows in _rows(dataset).items() if rows}
+    return fingerprint | {
+        key: [fingerprint[key][row] for row in rows[largest]] for key in ("shapes_after_crop", "spacings")
+    }
 
 
 def _rows(dataset: RawDataset) -> dict[str, list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import dataset_number
 from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset
 from lgssl_nnunet.plans.merged_classes import MergedClass, SourceClass, classes_of, label_value
+from lgssl_nnunet.plans.partial_labels import members_there
 from lgssl_nnunet.problems import Problem
 from lgssl_nnunet.text.prompts import OTHER, modality_of
 
@@ -137,11 +137,12 @@ def annotated_and_groups(
     everything = _annotated_by(source, merged, [member.name for member in source.classes])
     if not annotated:
         return {source.name: everything}, {source.name: [f"{glob.escape(source.name)}_*"]}
-    named = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
-    mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in named.items()}
+    keys = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
+    mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in keys.items()}
     patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]
     cases = [*source.dataset.cases, *source.test]
-    rest = [case for case in cases if not any(case == p or fnmatch.fnmatchcase(case, p) for p in patterns)]
+    named = members_there(patterns, set(cases))
+    rest = [case for case in cases if case not in named]
     if any(case in source.dataset.labeled or case in source.test for case in rest):
         mine[source.name] = everything
         groups = groups | {"": [glob.escape(case) for case in rest]}

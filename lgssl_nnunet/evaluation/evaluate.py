@@ -14,7 +14,7 @@ import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from lgssl_nnunet.data.partial_labels import PartialLabel
+from lgssl_nnunet.data.partial_labels import PartialLabel, class_values
 from lgssl_nnunet.errors import DatasetError, PlansError, UsageError, install_extra
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion, measure_case
 from lgssl_nnunet.evaluation.evaluation_files import write_results
@@ -245,15 +245,11 @@ def _label_manager(
 def _class_names(labels: LabelManager) -> dict[LabelOrRegion, str]:
     """Return the foreground classes as nnU-Net evaluates them, with their names in dataset.json."""
     classes = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    names = {_members(value): name for name, value in labels.label_dict.items() if name != "ignore"}
+    names = {class_values(value): name for name, value in labels.label_dict.items() if name != "ignore"}
     return {
-        (tuple(key) if isinstance(key, (tuple, list)) else int(key)): names.get(_members(key), str(key))
+        (tuple(key) if isinstance(key, (tuple, list)) else int(key)): names.get(class_values(key), str(key))
         for key in classes
     }
-
-
-def _members(label_or_region: int | Sequence[int]) -> frozenset[int]:
-    return frozenset(int(label) for label in np.atleast_1d(label_or_region))
 
 
 def _read_description(

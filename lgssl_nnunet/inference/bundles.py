@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from lgssl_nnunet.dataset_conversion.geometry import are_spatial_axes
 from lgssl_nnunet.errors import CheckpointError
 from lgssl_nnunet.files import parse_json
 
@@ -109,20 +110,6 @@ def weights_member(fold: str, checkpoint: str) -> str:
             f"{checkpoint} of fold {fold} cannot be named in a bundle; call it by letters, digits, _ and -, and .pth."
         )
     return member
-
-
-def is_plain_number(value: Any) -> bool:
-    """Return whether a value read from JSON is a whole number (true and false are none)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def are_mirroring_axes(value: Any) -> bool:
-    """Return whether a value read from a file is a list of spatial axes, each once."""
-    return (
-        isinstance(value, (list, tuple))
-        and all(is_plain_number(axis) and 0 <= axis < 3 for axis in value)
-        and len(set(value)) == len(value)
-    )
 
 
 class BundleWriter:
@@ -225,7 +212,7 @@ def open_bundle(file: Path) -> Bundle:
 
 def _from_manifest(file: Path, content: Mapping[str, Any]) -> Bundle:
     axes, weights = content["mirroring_axes"], tuple(map(_weights, content["weights"]))
-    if axes is not None and not are_mirroring_axes(axes):
+    if axes is not None and not are_spatial_axes(axes):
         raise ValueError("mirroring_axes")
     members = {name: Member(entry["size"], entry["sha256"]) for name, entry in content["members"].items()}
     if set(members) != {*DESCRIPTIONS, *(weights_member(part.fold, part.checkpoint) for part in weights)}:

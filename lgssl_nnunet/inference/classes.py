@@ -11,6 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor
 
+from lgssl_nnunet.data.partial_labels import foreground_classes
 from lgssl_nnunet.errors import UsageError
 
 
@@ -26,7 +27,7 @@ def chosen_classes(asked: Sequence[str] | None, dataset_json: Mapping[str, Any])
     """
     if asked is None:
         return None
-    there = _foreground(dataset_json["labels"])
+    there = foreground_classes(dataset_json["labels"])
     unknown = [name for name in asked if name not in there]
     if unknown or not asked:
         problem = f"the model has no class {', '.join(map(repr, unknown))}" if unknown else "no class is named"
@@ -47,7 +48,7 @@ class ChosenClasses(LabelManager):
 
     def __init__(self, dataset_json: Mapping[str, Any], names: Sequence[str]) -> None:
         super().__init__(dataset_json["labels"], dataset_json.get("regions_class_order"))
-        self._is_chosen = [name in names for name in _foreground(self.label_dict)]
+        self._is_chosen = [name in names for name in foreground_classes(self.label_dict)]
         self._values = [int(np.atleast_1d(self.label_dict[name])[0]) for name in names]
 
     @torch.inference_mode()
@@ -83,8 +84,3 @@ class PlansForClasses(PlansManager):
     def get_label_manager(self, dataset_json: dict[str, Any], **options: Any) -> LabelManager:
         """Return the reading of the labels of dataset.json."""
         return ChosenClasses(dataset_json, self._names)
-
-
-def _foreground(labels: Mapping[str, Any]) -> list[str]:
-    """Return the names of the classes or regions, in the order of nnU-Net's regions."""
-    return [name for name, value in labels.items() if name != "ignore" and set(np.atleast_1d(value)) != {0}]

@@ -13,10 +13,11 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from lgssl_nnunet.dataset_conversion.geometry import are_spatial_axes
 from lgssl_nnunet.engine.checkpoints import read_checkpoint
 from lgssl_nnunet.errors import CheckpointError, LGSSLError, UsageError
 from lgssl_nnunet.inference.bundle_weights import unpack_weights
-from lgssl_nnunet.inference.bundles import are_mirroring_axes, open_bundle, weights_member
+from lgssl_nnunet.inference.bundles import open_bundle, weights_member
 from lgssl_nnunet.inference.cases import ImageRules
 from lgssl_nnunet.inference.known_classes import known_reader, require_known_classes
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, read_model_json
@@ -166,7 +167,7 @@ def _require_form(checkpoint: dict[str, Any], file: str) -> None:
         "trainer_name": not isinstance(checkpoint["trainer_name"], str),
         "init_args": not (isinstance(arguments, dict) and isinstance(arguments.get("configuration"), str)),
         "network_weights": not (isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values())),
-        "inference_allowed_mirroring_axes": not (axes is None or are_mirroring_axes(axes)),
+        "inference_allowed_mirroring_axes": not (axes is None or are_spatial_axes(axes)),
     }
     if any(wrong.values()):
         names = " and ".join(name for name in wrong if wrong[name])
