@@ -50,7 +50,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -484,9 +484,9 @@ def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the arguments with the dataset's `folder`, and the device itself."""
-    args = parser.parse_args()
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments, of the command line or `words`, with the dataset's `folder`, and the device itself."""
+    args = parser.parse_args(words)
     args.folder = next(Path(os.environ["nnUNet_preprocessed"]).glob(f"Dataset{int(args.dataset):03d}_*"))
     args.device = choose_device(args.device)
     return args

@@ -32,6 +32,7 @@ PREDICTOR = "lgssl_nnunet/inference/predictor.py: LGSSLPredictor"
 BATCHES = "lgssl_nnunet/data/batches.py: SeededBatches"
 LOADER = "lgssl_nnunet/data/unlabeled.py: UnlabeledLoader"
 DATASET = "lgssl_nnunet/data/unlabeled.py: UnlabeledDataset"
+SPATIAL = "lgssl_nnunet/data/spatial.py: BoundaryInterpolation"
 VIEWS = "lgssl_nnunet/data/views.py: ViewsTransform"
 VALIDATION = "lgssl_nnunet/engine/validation.py"
 EVALUATION_FILES = "lgssl_nnunet/evaluation/evaluation_files.py"
@@ -174,6 +175,9 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     f"{TRANSFORMS}/utils/compose.py: ComposeTransforms": (VIEWS,),
     f"{TRANSFORMS}/utils/random.py: RandomTransform": ("lgssl_nnunet/data/views.py: is_intensity_transform",),
+    f"{TRANSFORMS}/spatial/spatial.py: SpatialTransform": (SPATIAL,),
+    f"{TRANSFORMS}/spatial/spatial.py: SpatialTransform._apply_to_segmentation": (SPATIAL,),
+    f"{TRANSFORMS}/spatial/spatial.py: SpatialTransform._may_reach_outside": (SPATIAL,),
     f"{TRANSFORMS}/noise/gaussian_blur.py: GaussianBlurTransform": ("lgssl_nnunet/data/views.py: make_deterministic",),
     # Planning and preprocessing.
     f"{PLANNER}.__init__": (f"{CPU_PLANNER}.__init__", MAKE_PLANS),
@@ -374,7 +378,6 @@ ONLY_NAMED = {
     "batchgenerators/utilities/file_and_folder_operations.py: load_pickle",
     "batchgenerators/utilities/file_and_folder_operations.py: write_pickle",
     f"{TRANSFORMS}/spatial/mirroring.py: MirrorTransform",
-    f"{TRANSFORMS}/spatial/spatial.py: SpatialTransform",
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert2DTo3DTransform",
     f"{TRANSFORMS}/utils/pseudo2d.py: Convert3DTo2DTransform",
     "nnunetv2/configuration.py: ANISO_THRESHOLD",

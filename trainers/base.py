@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lgssl_nnunet.data.batches import SeededBatches, next_batch, start_workers, stop_workers
 from lgssl_nnunet.data.partial_labels import PartialLabel
+from lgssl_nnunet.data.spatial import interpolate_at_boundaries
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
 from lgssl_nnunet.dataset_conversion.twins import without_twins
@@ -485,11 +486,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             "ignore_label": self.label_manager.ignore_label,
         }
         use_mask = self.configuration_manager.use_mask_for_norm
-        training_transforms = make_deterministic(
-            self.get_training_transforms(
-                patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=use_mask, **labels
-            )
+        training_transforms = self.get_training_transforms(
+            patch_size, rotation, scales, mirror_axes, dummy_2d, use_mask_for_norm=use_mask, **labels
         )
+        training_transforms = interpolate_at_boundaries(make_deterministic(training_transforms))
         validation_transforms = self.get_validation_transforms(scales, **labels)
         training_cases, validation_cases = self.get_tr_and_val_datasets()
         loaders = {"labeled": self._labeled_loader(training_cases, initial_patch_size, training_transforms)}

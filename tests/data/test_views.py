@@ -8,10 +8,10 @@ from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 
+from lgssl_nnunet.data.spatial import BoundaryInterpolation
 from lgssl_nnunet.data.views import ViewsTransform, is_intensity_transform, make_deterministic, split_views
 
 BOTH = ("weak", "strong")
@@ -57,7 +57,7 @@ def always(pipeline: ComposeTransforms) -> ComposeTransforms:
 @pytest.mark.parametrize("configuration", SIZES)
 def test_nnunets_pipeline_is_sorted_into_geometry_and_intensity(configuration, pipelines):
     views = ViewsTransform(pipelines(configuration), BOTH)
-    assert {SpatialTransform, MirrorTransform} <= {type(t) for t in views.geometry.transforms}
+    assert {BoundaryInterpolation, MirrorTransform} <= {type(t) for t in views.geometry.transforms}
     inner = [t.transform for t in views.intensity.transforms]
     assert len(inner) >= 6
     assert all(isinstance(t, ImageOnlyTransform) for t in inner)
