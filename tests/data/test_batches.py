@@ -6,6 +6,7 @@ import pytest
 import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 
+from lgssl_nnunet.data import batches as batches_module
 from lgssl_nnunet.data.batches import STREAMS, SeededBatches, start_workers
 from lgssl_nnunet.engine.seeding import seed_everything
 
@@ -31,8 +32,13 @@ def reference(loaders):
     return [SeededBatches(loaders, 0).batch(index) for index in range(6)]
 
 
-def keep_one_thread(monkeypatch) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+@pytest.fixture
+def asked_threads(monkeypatch) -> list[int]:
+    """Lets this process act as a worker, without its number of threads, its signals and its process group."""
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(batches_module, "_live_and_die_with_the_trainer", lambda: None)
+    return asked
 
 
 def test_a_batch_holds_the_labeled_and_the_unlabeled_stream(reference):
@@ -76,8 +82,7 @@ def test_another_seed_or_rank_draws_other_batches(options, batches, reference, s
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 2])
-def test_workers_together_produce_the_same_stream(workers, start, batches, reference, same, monkeypatch):
-    keep_one_thread(monkeypatch)
+def test_workers_together_produce_the_same_stream(workers, start, batches, reference, same, asked_threads):
     streams = []
     for worker in range(workers):
         streams.append(batches(start=start, num_workers=workers))
@@ -86,11 +91,9 @@ def test_workers_together_produce_the_same_stream(workers, start, batches, refer
         assert same(next(streams[(index - start) % workers]), reference[index])
 
 
-def test_a_worker_computes_on_one_thread(batches, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+def test_a_worker_computes_on_one_thread(batches, asked_threads):
     batches(num_workers=2).set_thread_id(1)
-    assert asked == [1]
+    assert asked_threads == [1]
 
 
 def test_the_streams_of_one_batch_are_drawn_independently(loaders, reference, same):
