@@ -80,6 +80,7 @@ def main() -> None:
         in_turns(forms, args.rounds, lambda form: run(form, args))
         masks = {form.name: segmentations(form.output, ending) for form in forms}
         references = segmentations(args.references, ending) if args.references else {}
+        references = {name: mask for name, mask in references.items() if name in masks["stock"]}
     print(f"| {HEADER} | equal voxels | Dice per label |")
     print("|" + " --- |" * 7)
     for form in forms:

@@ -212,7 +212,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     "nnunetv2/preprocessing/cropping/cropping.py: create_nonzero_mask": ("lgssl_nnunet/data/cropping.py: outside",),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case": (
         "plans/preprocessing.py: _preprocess_as_planned",
-        "lgssl_nnunet/inference/predictor.py: _preprocess",
+        "lgssl_nnunet/inference/predictor.py: _preprocess_as_nnunet",
         f"{PREPROCESSING}: preprocess",
     ),
     "nnunetv2/preprocessing/preprocessors/default_preprocessor.py: DefaultPreprocessor.run_case_npy": (

@@ -25,15 +25,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lgssl_nnunet.data.preprocessing import preprocess, recipe_of
+from lgssl_nnunet.data.preprocessing import recipe_of
 from lgssl_nnunet.dataset_conversion.volumes import require_whole_nifti
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
-from lgssl_nnunet.errors import DatasetError, LGSSLError, UsageError
+from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import move_into_place
 from lgssl_nnunet.inference.cases import require_finite
 from lgssl_nnunet.inference.classes import PlansForClasses
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
+from lgssl_nnunet.inference.reading import finite, read_preprocessed
 from lgssl_nnunet.inference.stored_model import read_stored_model
 from lgssl_nnunet.parallel import DIED_ALONE
 from lgssl_nnunet.workers import WorkerDiedError, WorkerPool
@@ -160,7 +161,9 @@ class LGSSLPredictor(nnUNetPredictor):
         inference_allowed_mirroring_axes: Sequence[int] | None,
     ) -> None:
         """Take over a network as nnU-Net does; no axis to mirror means no mirroring instead of an error."""
-        if self.precision != "stock":
+        stock = self.precision == "stock"
+        self.recipe = None if stock else recipe_of(plans_manager, configuration_manager, dataset_json)
+        if not stock:
             network.to(memory_format=self._memory_format(configuration_manager))
         super().manual_initialization(
             network,
@@ -220,7 +223,7 @@ class LGSSLPredictor(nnUNetPredictor):
     def _predict_alone(self, case: Case, save_probabilities: bool, outcome: _Outcome) -> None:
         """Segment a case when no other takes memory, in a process of its own so that its death is not this one's."""
         with processes(1) as worker:
-            ready = worker.submit(_preprocess, self, case)
+            ready = worker.submit(*self._reading(case))
             job = _attempt(case, lambda: self._infer(case, *ready.result()), outcome)
             if job is not None:
                 _collect(case, worker.submit(_export, self, *job, case, save_probabilities), outcome)
@@ -242,13 +245,19 @@ class LGSSLPredictor(nnUNetPredictor):
         The first case is preprocessed in this process, while the workers start.
         """
         later = iter(cases[1:])
-        waiting = deque((case, readers.submit(_preprocess, self, case)) for case in itertools.islice(later, ahead))
+        waiting = deque((case, readers.submit(*self._reading(case))) for case in itertools.islice(later, ahead))
         for case in cases[:1]:
-            yield case, _InProcess().submit(_preprocess, self, case)
+            yield case, _InProcess().submit(*self._reading(case))
         for case in later:
-            waiting.append((case, readers.submit(_preprocess, self, case)))
+            waiting.append((case, readers.submit(*self._reading(case))))
             yield waiting.popleft()
         yield from waiting
+
+    def _reading(self, case: Case) -> tuple[Any, ...]:
+        """Return the function that reads and preprocesses a case, with its arguments; without torch where possible."""
+        if self.recipe is None:
+            return _preprocess_as_nnunet, self, case
+        return read_preprocessed, case.files, self.recipe
 
     def _infer(self, case: Case, data: np.ndarray, properties: dict) -> tuple[dict[str, np.ndarray], dict]:
         """Return what the network makes of a preprocessed image (M, X, Y, Z), and the properties of the image.
@@ -360,21 +369,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def _preprocess(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict]:
-    """Read and preprocess one case; runs in a worker process or in this one."""
+def _preprocess_as_nnunet(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict]:
+    """Read and preprocess one case by the class that the plans name; runs in a worker process or in this one."""
     for file in case.files:
         require_finite(file)
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
     planned = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    recipe = None if predictor.precision == "stock" else recipe_of(*planned)
-    if recipe is None:
-        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
-        data, _, properties = preprocessor.run_case([str(file) for file in case.files], None, *planned)
-    else:
-        preprocessed = preprocess(case.files, None, recipe)
-        data, properties = preprocessed.image, preprocessed.properties
-    if not np.isfinite(data).all():
-        raise DatasetError(f"{case.files[0]}: preprocessing gives NaN or infinite voxels; look for them in the image.")
-    return np.ascontiguousarray(data, dtype=np.float32), properties
+    data, _, properties = preprocessor.run_case([str(file) for file in case.files], None, *planned)
+    return finite(data, case.files), properties
 
 
 def _export(

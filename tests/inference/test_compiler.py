@@ -1,4 +1,4 @@
-"""The start of a prediction without torch's compiler."""
+"""The start of a prediction without torch's compiler, and of its readers without torch."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ print(any(name.startswith("torch._dynamo") for name in sys.modules))
 """
     assert run(START + code) == "False"
     assert run(code) == "True"  # without it, nnU-Net imports the compiler
+
+
+def test_a_process_that_reads_images_does_without_torch():
+    assert run("import sys, lgssl_nnunet.inference.reading; print('torch' in sys.modules)") == "False"
 
 
 @pytest.mark.slow

@@ -18,29 +18,42 @@ from lgssl_nnunet.locks import FolderBusyError
 
 MODEL = Path("Dataset501_Tiny") / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
 DEATHS = "LGSSL_TEST_DEATHS"
-PREPROCESS, EXPORT = module._preprocess, module._export
+NOTES = "LGSSL_TEST_NOTES"
+AS_NNUNET, READ, EXPORT = module._preprocess_as_nnunet, module.read_preprocessed, module._export
 
 
-def die(case: Case) -> None:
+def die(name: str) -> None:
     """Kill this process if it works on case b, as often as the variable says."""
-    if case.name != "b":
+    if name != "b":
         return
-    notes = case.output.parent.with_name("deaths")
+    notes = Path(os.environ[NOTES])
     deaths = len(notes.read_text()) if notes.exists() else 0
     if deaths < int(os.environ[DEATHS]):
         notes.write_text("x" * (deaths + 1))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def deadly_preprocess(predictor, case):
-    die(case)
-    return PREPROCESS(predictor, case)
+def deadly_as_nnunet(predictor, case):
+    die(case.name)
+    return AS_NNUNET(predictor, case)
+
+
+def deadly_read(files, recipe):
+    die(files[0].name.removesuffix("_0000.nii.gz"))
+    return READ(files, recipe)
 
 
 def deadly_export(predictor, results, properties, case, save_probabilities):
     (case.output.parent / ".partial_b_abcd1234").mkdir(parents=True, exist_ok=True)  # as if killed while writing
-    die(case)
+    die(case.name)
     EXPORT(predictor, results, properties, case, save_probabilities)
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path, monkeypatch) -> Path:
+    """The file that counts the deaths."""
+    monkeypatch.setenv(NOTES, str(tmp_path / "deaths"))
+    return tmp_path / "deaths"
 
 
 def shown(folder: Path) -> list[str]:
@@ -54,17 +67,20 @@ def predict_with_workers(images: Path, output: Path, **options) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_reader_killed_once_costs_nothing(trained, images, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(module, "_preprocess", deadly_preprocess)
+@pytest.mark.parametrize("precision", ["stock", "fp32"])
+def test_a_reader_killed_once_costs_nothing(precision, trained, images, tmp_path, monkeypatch, caplog, notes):
+    monkeypatch.setattr(module, "_preprocess_as_nnunet", deadly_as_nnunet)
+    monkeypatch.setattr(module, "read_preprocessed", deadly_read)
     monkeypatch.setenv(DEATHS, "1")
-    predict_with_workers(images, tmp_path / "out", num_processes_segmentation_export=0)
+    predict_with_workers(images, tmp_path / "out", num_processes_segmentation_export=0, precision=precision)
+    assert notes.read_text() == "x"
     assert [name for name in shown(tmp_path / "out") if name.endswith(".nii.gz")] == ["a.nii.gz", "b.nii.gz"]
     assert "Case b: its worker process was killed" in caplog.text
 
 
 @pytest.mark.slow
 def test_a_writer_killed_twice_is_named_and_the_others_are_written(
-    trained, images, tmp_path, monkeypatch, predict_here
+    trained, images, tmp_path, monkeypatch, predict_here, notes
 ):
     out = tmp_path / "out"
     monkeypatch.setattr(module, "_export", deadly_export)
@@ -72,7 +88,7 @@ def test_a_writer_killed_twice_is_named_and_the_others_are_written(
     with pytest.raises(PredictionError, match=r"1 case\(s\) failed, 1 are written:\n  b: .*killed twice"):
         predict_with_workers(images, out, num_processes_preprocessing=0)
     assert [name for name in shown(out) if name.endswith(".nii.gz")] == ["a.nii.gz"]
-    assert (tmp_path / "deaths").read_text() == "xx"
+    assert notes.read_text() == "xx"
     monkeypatch.setattr(module, "_export", EXPORT)
     predict_here(images, out, disable_tta=True, precision="stock", continue_prediction=True)
     assert (out / "b.nii.gz").is_file()

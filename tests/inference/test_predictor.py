@@ -257,7 +257,7 @@ def test_cases_come_in_order_and_the_first_is_not_left_to_a_worker(number, ahead
             return super().submit(function, predictor, case)
 
     submitted, some = [], [Case(str(n), (), tmp_path / f"{n}.nii.gz") for n in range(number)]
-    monkeypatch.setattr(module, "_preprocess", lambda _, case: case.name)
+    monkeypatch.setattr(module, "_preprocess_as_nnunet", lambda _, case: case.name)
     predictor = load(one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres")
     seen = []
     for position, (case, future) in enumerate(predictor._preprocessed(some, Reader(), ahead)):
