@@ -12,8 +12,8 @@ methods get n unlabelled patches as well. What is measured, for every trainer of
   that do, forwards in one round and backwards in the next, so that drift of the machine hits all alike. The seconds are
   the median of all; the ratio is the median over rounds of the ratio to SupervisedTrainer's median in the same round.
 - **Step / passes and losses**: in steps of their own in the same rounds, the time of the step by the time spent in
-  `loss_terms`, in backward passes and in `extra_steps` (critics' own updates). The rest is the engine: optimiser,
-  clipping, teacher, seeds and logs.
+  `loss_terms`, in backward passes and in `extra_steps` (critics' own updates), as median and range. The rest is the
+  engine: optimiser, clipping, teacher, seeds and logs.
 - **Seconds of the loader**: median per batch, drawn one after the other in this process, without workers.
 - **Memory of a step**, in a fresh process for each trainer. On CUDA `torch.cuda.max_memory_allocated` over three steps,
   weights included. On Linux the highest resident set during three steps minus the resident set just before the first,
@@ -387,7 +387,7 @@ def result(subject: Subject, reference: Subject, parts: Mapping[str, Part], cost
         "counted ratio": subject.flops / reference.flops,
         "section 18 ratio": None if passes is None or passes.section_18 is None else 2 * passes.section_18,
         "floor seconds": None if passes is None else floor_in_seconds(passes, seconds),
-        "step by passes and losses": statistics.median(subject.overheads),
+        "step by passes and losses": subject.overheads,
         "loader seconds": subject.loader_seconds,
         "memory bytes": subject.memory,
         "every step's seconds": subject.step_seconds,
@@ -407,7 +407,7 @@ COLUMNS = {
     "section 18": lambda row, reference: number(row["section 18 ratio"]),
     "floor [s]": lambda row, reference: number(row["floor seconds"], 3),
     "step / floor [s]": lambda row, reference: quotient(row["step seconds"], row["floor seconds"]),
-    "step / passes and losses": lambda row, reference: number(row["step by passes and losses"]),
+    "step / passes and losses": lambda row, reference: spread(row["step by passes and losses"]),
     "loader [s]": lambda row, reference: number(row["loader seconds"], 3),
     "memory [MB]": lambda row, reference: quotient(row["memory bytes"], 2**20, 0),
     "memory ratio": lambda row, reference: quotient(row["memory bytes"], reference["memory bytes"]),
@@ -416,6 +416,10 @@ COLUMNS = {
 
 def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def spread(values: list[float]) -> str:
+    return f"{number(statistics.median(values))} ({number(min(values))} to {number(max(values))})"
 
 
 def quotient(value: float | None, by: float | None, digits: int = 2) -> str:
