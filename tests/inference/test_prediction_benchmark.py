@@ -87,3 +87,17 @@ def test_differences_of_preprocessed_cases_are_found(tmp_path):
         forms.append(SimpleNamespace(output=tmp_path / name))
     assert preprocessing.largest_difference(forms) == pytest.approx(0.1)
     assert preprocessing.smallest_dice(forms) == pytest.approx(2 / 3)
+
+
+def test_augmentation_compares_label_maps_and_ends_where_they_differ(monkeypatch, capsys):
+    augmentation = importlib.import_module("augmentation")
+    words = "generated --shape 24 24 24 --patch 16 16 16 --classes 3 --batches 2"
+    monkeypatch.setattr(sys, "argv", ["augmentation.py", *words.split()])
+    monkeypatch.setattr(augmentation.torch, "set_num_threads", lambda number: None)
+    augmentation.main()
+    assert "| generated, 3 classes, 24 x 24 x 24 | 2 |" in capsys.readouterr().out
+    monkeypatch.setattr(
+        augmentation, "ours", lambda *arguments, **options: augmentation.stock(*arguments, **options) + 1
+    )
+    with pytest.raises(SystemExit, match="the label maps differ"):
+        augmentation.main()
