@@ -223,7 +223,7 @@ class LGSSLPredictor(nnUNetPredictor):
     def _predict_alone(self, case: Case, save_probabilities: bool, outcome: _Outcome) -> None:
         """Segment a case when no other takes memory, in a process of its own so that its death is not this one's."""
         with processes(1) as worker:
-            ready = worker.submit(*self._reading(case))
+            ready = self._read(case, worker)
             job = _attempt(case, lambda: self._infer(case, *ready.result()), outcome)
             if job is not None:
                 _collect(case, worker.submit(_export, self, *job, case, save_probabilities), outcome)
@@ -245,19 +245,19 @@ class LGSSLPredictor(nnUNetPredictor):
         The first case is preprocessed in this process, while the workers start.
         """
         later = iter(cases[1:])
-        waiting = deque((case, readers.submit(*self._reading(case))) for case in itertools.islice(later, ahead))
+        waiting = deque((case, self._read(case, readers)) for case in itertools.islice(later, ahead))
         for case in cases[:1]:
-            yield case, _InProcess().submit(*self._reading(case))
+            yield case, self._read(case, _InProcess())
         for case in later:
-            waiting.append((case, readers.submit(*self._reading(case))))
+            waiting.append((case, self._read(case, readers)))
             yield waiting.popleft()
         yield from waiting
 
-    def _reading(self, case: Case) -> tuple[Any, ...]:
-        """Return the function that reads and preprocesses a case, with its arguments; without torch where possible."""
+    def _read(self, case: Case, reader: Executor) -> Future[tuple[np.ndarray, dict]]:
+        """Have a case read and preprocessed, by a function that needs no torch where the plans allow it."""
         if self.recipe is None:
-            return _preprocess_as_nnunet, self, case
-        return read_preprocessed, case.files, self.recipe
+            return reader.submit(_preprocess_as_nnunet, self, case)
+        return reader.submit(read_preprocessed, case.files, self.recipe)
 
     def _infer(self, case: Case, data: np.ndarray, properties: dict) -> tuple[dict[str, np.ndarray], dict]:
         """Return what the network makes of a preprocessed image (M, X, Y, Z), and the properties of the image.
