@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgssl_nnunet.derived_plans import derive_plans, with_text
 from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
 from lgssl_nnunet.files import read_json, read_json_if_valid, write_json
 from lgssl_nnunet.paths import (
@@ -105,10 +105,10 @@ def train(
     dataset_folder = preprocessed_folder(dataset)
     base_plans = load_plans(dataset_folder, plans)
     _check_plans(base_plans, configuration, trainer, dataset_folder)
-    used_plans = _derive_plans(
-        base_plans, trainer_class, epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters
-    )
+    options = (epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters)
+    used_plans = derive_plans(base_plans, trainer_class, *options)
     model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
+    used_plans = with_text(used_plans, base_plans, model_folder)
     _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
     if num_gpus != 1:
@@ -160,12 +160,11 @@ def trained_model_folder(
     """
     use_data_folders()
     dataset_folder = preprocessed_folder(dataset)
-    used_plans = _derive_plans(
-        load_plans(dataset_folder, plans), find_trainer(trainer), epochs, iterations_per_epoch, None, seed,
-        hyperparameters,
-    )  # fmt: skip
+    base_plans = load_plans(dataset_folder, plans)
+    options = (epochs, iterations_per_epoch, None, seed, hyperparameters)
+    used_plans = derive_plans(base_plans, find_trainer(trainer), *options)
     folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
-    _refuse_other_plans(folder, used_plans)
+    _refuse_other_plans(folder, with_text(used_plans, base_plans, folder))
     return folder
 
 
@@ -298,88 +297,6 @@ def _check_preprocessed(dataset_folder: Path, plans: dict[str, Any], configurati
             f"The slices of {len(missing)} cases are not propagated as {plans['plans_name']} ask ({shown}): run "
             f"lgssl_sparse_annotation again with the same options and -c {configuration}; what is up to date is kept."
         )
-
-
-def _derive_plans(
-    plans: dict[str, Any],
-    trainer_class: type,
-    epochs: int | None,
-    iterations_per_epoch: int | None,
-    unlabeled_batch_size: int | None,
-    seed: int | None,
-    hyperparameters: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the plans themselves, or a derived copy whose name tells every option that differs from them."""
-    _check_numbers(epochs, iterations_per_epoch, unlabeled_batch_size, seed)
-    settings = plans.get("lgssl")
-    if unlabeled_batch_size is not None and not getattr(trainer_class, "views", ()):
-        raise UsageError(f"{trainer_class.__name__} has no unlabelled patches: leave out --unlabeled_batch_size.")
-    asked = [epochs, iterations_per_epoch, unlabeled_batch_size, seed]
-    if settings is None:
-        if any(value is not None for value in asked) or hyperparameters:
-            raise PlansError(f"{plans['plans_name']} are nnU-Net's own and cannot carry these options: plan with ours.")
-        return plans
-    schedule, training = dict(settings["schedule"]), dict(settings.get("training", {}))
-    tags = []
-    if epochs not in (None, schedule["num_epochs"]):
-        schedule["num_epochs"] = epochs
-        tags.append(f"e{epochs}")
-    if iterations_per_epoch not in (None, schedule["iterations_per_epoch"]):
-        schedule["iterations_per_epoch"] = iterations_per_epoch
-        tags.append(f"i{iterations_per_epoch}")
-    if unlabeled_batch_size not in (None, training.get("unlabeled_batch_size")):
-        training["unlabeled_batch_size"] = unlabeled_batch_size
-        tags.append(f"u{unlabeled_batch_size}")
-    if seed not in (None, training.get("seed", 0)):
-        training["seed"] = seed
-        tags.append(f"s{seed}")
-    changed = _changed_hyperparameters(trainer_class, training, hyperparameters or {})
-    text = settings.get("text")
-    if changed:
-        training["hyperparameters"] = {**training.get("hyperparameters", {}), **changed}
-        if "text_encoder" in changed:
-            from lgssl_nnunet.plans.text import embed_again
-
-            text = embed_again(text, changed["text_encoder"])
-        tags += [f"{name}-{value}" for name, value in sorted(changed.items())]
-    if not tags:
-        return plans
-    training.setdefault("seed", 0)
-    training.setdefault("planned_as", plans["plans_name"])
-    # nnU-Net separates trainer, plans and configuration in folder names by a double underscore.
-    tag = re.sub(r"_{2,}", "_", re.sub(r"[^A-Za-z0-9.+_-]", "-", "_".join(tags)))
-    derived = {**plans, "plans_name": f"{plans['plans_name']}_{tag}"}
-    derived["lgssl"] = {**settings, "schedule": schedule, "training": training, "text": text}
-    return derived
-
-
-def _check_numbers(
-    epochs: int | None, iterations_per_epoch: int | None, unlabeled_batch_size: int | None, seed: int | None
-) -> None:
-    limits = {
-        "epochs": (epochs, 1),
-        "iterations_per_epoch": (iterations_per_epoch, 1),
-        "unlabeled_batch_size": (unlabeled_batch_size, 1),
-        "seed": (seed, 0),
-    }
-    for name, (value, least) in limits.items():
-        if value is not None and value < least:
-            raise UsageError(f"--{name} must be at least {least}, not {value}.")
-
-
-def _changed_hyperparameters(
-    trainer_class: type, training: Mapping[str, Any], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    from lgssl_nnunet.engine.hyperparameters import override
-
-    defaults = getattr(trainer_class, "hyperparameters", None)
-    if defaults is None:
-        if values:
-            raise UsageError(f"{trainer_class.__name__} takes no hyper-parameters; leave out --set.")
-        return {}
-    planned = override(defaults, training.get("hyperparameters", {}), trainer_class.__name__)
-    chosen = override(planned, values, trainer_class.__name__)
-    return {name: getattr(chosen, name) for name in values if getattr(chosen, name) != getattr(planned, name)}
 
 
 def _check_trainer(

@@ -86,9 +86,13 @@ def _is_schedule(schedule: Any) -> bool:
 
 
 def _is_text(text: Any) -> bool:
-    rows = text.get("embeddings") if isinstance(text, dict) else None
-    return text is None or (
-        isinstance(rows, list) and all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
+    if not isinstance(text, dict):
+        return text is None
+    rows = text.get("embeddings")
+    return (
+        isinstance(rows, list)
+        and all(isinstance(row, list) and all(map(_is_number, row)) for row in rows)
+        and isinstance(text.get("regions", False), bool)
     )
 
 

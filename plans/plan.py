@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -278,11 +277,11 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
 
 def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:
     from lgssl_nnunet.plans.sidedness import mirroring_axes
-    from lgssl_nnunet.plans.text import text_block
+    from lgssl_nnunet.plans.text import text_block, wordings
+    from lgssl_nnunet.text.prompts import has_regions
 
-    texts = itertools.zip_longest(*([text.sentence for text in prompt.texts] for prompt in job.prompts), fillvalue="")
     axes = mirroring_axes(
-        [[prompt.class_name for prompt in job.prompts], *texts],
+        wordings(job.prompts, job.embeddings),
         {name: case.images[0] for name, case in job.dataset.cases.items()},
         plans["image_reader_writer"],
         plans["transpose_forward"],
@@ -297,7 +296,7 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         },
         "draw_seed": job.budget.seed,
         "schedule": dict(planner_class.schedule),
-        "text": text_block(job.prompts, job.embeddings),
+        "text": text_block(job.prompts, job.embeddings, has_regions(job.dataset.dataset_json)),
         "mirroring_axes": axes,
     }
     partial = partial_labels(job.dataset)

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -23,6 +24,18 @@ _READERS_WITH_DIRECTION = ("SimpleITKIO", "NibabelIO")
 _READERS_THAT_REORIENT = ("SimpleITKIOWithReorient", "NibabelIOWithReorient")
 _MIN_COSINE = 0.75
 """A left-right axis must lie within about 40 degrees of one array axis; mirroring is meaningless otherwise."""
+
+
+class LeftRight(NamedTuple):
+    """How an array lies in the patient.
+
+    Attributes:
+        axis: array axis (0, 1, 2 as nnU-Net's reader orders them) that runs from left to right.
+        sign: 1 or -1: two images with the same axis and other signs show the patient's left on opposite sides.
+    """
+
+    axis: int
+    sign: int
 
 
 def sided_pairs(texts: Iterable[str]) -> list[tuple[str, str]]:
@@ -40,13 +53,19 @@ def sided_pairs(texts: Iterable[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def left_right_axis(image: Path, reader: str) -> int | None:
-    """Return the array axis (0, 1, 2 as nnU-Net's reader orders them) that runs from left to right in the patient.
+def names_both_sides(texts: Iterable[str]) -> bool:
+    """Return whether the words of the texts tell a side and also the opposite one."""
+    words = {word for text in texts for word in _words(text)}
+    return any(word in words and other in words for word, other in _OPPOSITE.items())
+
+
+def left_right(image: Path, reader: str) -> LeftRight | None:
+    """Return the array axis that runs from left to right in the patient, and which way.
 
     Only the header is read. None: the format stores no direction, or no axis is close to left-right.
     """
     if reader in _READERS_THAT_REORIENT:
-        return 2
+        return LeftRight(2, 1)
     if reader not in _READERS_WITH_DIRECTION:
         return None
     header = sitk.ImageFileReader()
@@ -58,11 +77,11 @@ def left_right_axis(image: Path, reader: str) -> int | None:
     dimension = header.GetDimension()
     if dimension < 3:
         return None
-    left_right = np.abs(np.reshape(header.GetDirection(), (dimension, dimension))[0, :3])
-    index_axis = int(np.argmax(left_right))
-    if left_right[index_axis] < _MIN_COSINE:
+    cosines = np.reshape(header.GetDirection(), (dimension, dimension))[0, :3]
+    index_axis = int(np.argmax(np.abs(cosines)))
+    if abs(cosines[index_axis]) < _MIN_COSINE:
         return None
-    return 2 - index_axis  # index order is x, y, z and array order z, y, x
+    return LeftRight(2 - index_axis, int(np.sign(cosines[index_axis])))  # indices are x, y, z, arrays z, y, x
 
 
 def mirroring_axes(
@@ -81,9 +100,16 @@ def mirroring_axes(
     """
     pairs = [pair for group in texts for pair in sided_pairs(group)]
     if not pairs:
+        if any(map(names_both_sides, texts)):
+            logger.warning(
+                "Classes or prompts name a left and a right side, but no two differ in the side alone, so mirroring "
+                "stays on along all axes. If two classes are mirror images of each other, name them alike, for example "
+                "'left kidney' and 'right kidney'."
+            )
         return None
     example = " and ".join(f"'{text}'" for text in pairs[0])
-    found = {name: left_right_axis(path, reader) for name, path in images.items()}
+    lying = {name: left_right(path, reader) for name, path in images.items()}
+    found = {name: None if how is None else how.axis for name, how in lying.items()}
     axes = sorted(set(found.values()), key=str)
     if len(axes) != 1:
         by_axis = "; ".join(_describe(axis, found) for axis in axes)
@@ -101,15 +127,33 @@ def mirroring_axes(
             example,
         )
         return []
+    _warn_of_opposite(example, {name: how.sign for name, how in lying.items()})
     blocked = list(transpose_forward).index(axes[0])
     logger.info("Classes have sides (%s): no mirroring along the left-right axis (axis %d).", example, blocked)
     return [axis for axis in range(3) if axis != blocked]
 
 
+def _warn_of_opposite(example: str, signs: Mapping[str, int]) -> None:
+    """Warn of images whose arrays show the patient's left on the other side than most."""
+    rarer = min(set(signs.values()), key=list(signs.values()).count)
+    if len(set(signs.values())) > 1:
+        logger.warning(
+            "Classes have sides (%s), but the images are not stored in one left-right direction: in %s the patient's "
+            "left lies on the other side than in the rest. Bring them to one orientation, or plan with a reader that "
+            'does ("overwrite_image_reader_writer": "SimpleITKIOWithReorient" in dataset.json).',
+            example,
+            _cases(name for name, sign in signs.items() if sign == rarer),
+        )
+
+
 def _describe(axis: int | None, found: Mapping[str, int | None]) -> str:
-    cases = sorted(name for name, value in found.items() if value == axis)
-    shown = ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
-    return f"{'unknown' if axis is None else f'array axis {axis}'} in {shown}"
+    cases = _cases(name for name, value in found.items() if value == axis)
+    return f"{'unknown' if axis is None else f'array axis {axis}'} in {cases}"
+
+
+def _cases(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from lgssl_nnunet.errors import PromptError
+from lgssl_nnunet.text.bank import structure_of, without_article
 from lgssl_nnunet.text.encoders import PromptEmbeddings, embed_prompts
-from lgssl_nnunet.text.prompts import Prompt, templates
+from lgssl_nnunet.text.prompts import Prompt, modality_of, phrase_of, templates
 
 
-def text_block(prompts: Sequence[Prompt], embeddings: PromptEmbeddings) -> dict[str, Any]:
-    """Return encoder, prompts and vectors; what was averaged is said only where something was.
+def text_block(prompts: Sequence[Prompt], embeddings: PromptEmbeddings, regions: bool = False) -> dict[str, Any]:
+    """Return encoder, prompts and vectors; what was averaged is said only where something was, and regions only if so.
 
     Args:
         prompts: C prompts, one per output channel.
         embeddings: theirs.
+        regions: whether the channels are overlapping regions.
     """
     block = {
         "encoder": embeddings.encoder,
@@ -23,6 +26,8 @@ def text_block(prompts: Sequence[Prompt], embeddings: PromptEmbeddings) -> dict[
         "embeddings": [[float(value) for value in row] for row in embeddings.embeddings],
         "sha256": embeddings.sha256,
     }
+    if regions:
+        block["regions"] = True
     if any(text.rewordings for prompt in prompts for text in prompt.texts):
         block["templates"] = list(templates(prompts[0].modality))
     several = {
@@ -31,6 +36,25 @@ def text_block(prompts: Sequence[Prompt], embeddings: PromptEmbeddings) -> dict[
         if len(texts) > 1
     }
     return block | {"several_texts": several} if several else block
+
+
+def wordings(prompts: Sequence[Prompt], embeddings: PromptEmbeddings) -> list[list[str]]:
+    """Return all that the classes are called, in lists of C: as given, as looked up, and as the bank names structures.
+
+    Abbreviations and synonyms ("LV", "lkidney") tell the side only in the latter two. A class with fewer texts than
+    another has an empty one.
+    """
+    names = [prompt.class_name for prompt in prompts]
+    structures = [structure_of(name) or name for name in names]
+    asked = zip_longest(*(prompt.texts for prompt in prompts))
+    embedded = zip_longest(*embeddings.texts)
+    groups = [names, structures]
+    for texts in asked:
+        groups.append(["" if text is None else text.sentence for text in texts])
+        phrases = ["" if text is None else text.phrase or "" for text in texts]
+        groups.append([structure_of(phrase) or phrase for phrase in phrases])
+    groups += [["" if text is None else text.sentence for text in texts] for texts in embedded]
+    return groups
 
 
 def embed_again(block: Mapping[str, Any], encoder: str) -> dict[str, Any]:
@@ -49,5 +73,16 @@ def embed_again(block: Mapping[str, Any], encoder: str) -> dict[str, Any]:
         raise PromptError(
             f"text_encoder={encoder}: these plans average several texts per class; plan with --text_encoder {encoder}."
         )
-    prompts = [Prompt(sentence, sentence) for sentence in block["prompts"]]
-    return text_block(prompts, embed_prompts(prompts, encoder))
+    if not block.get("prompts"):
+        raise PromptError(f"text_encoder={encoder}: these plans hold no prompts; run lgssl_plan_and_preprocess again.")
+    prompts = [_prompt_of(sentence) for sentence in block["prompts"]]
+    return text_block(prompts, embed_prompts(prompts, encoder), block.get("regions", False))
+
+
+def _prompt_of(sentence: str) -> Prompt:
+    """Return the prompt of a stored sentence, with its phrase if it has a template's form, as planning words it."""
+    phrase = phrase_of(sentence)
+    if phrase is None:
+        return Prompt(sentence, sentence)
+    bare = without_article(phrase)
+    return Prompt(bare, sentence, bare, modality_of(sentence))

@@ -657,7 +657,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def print_plans(self) -> None:
         """Log configuration and plans, without the hundreds of numbers of the prompt embeddings."""
-        text = {key: value for key, value in self.settings["text"].items() if key != "embeddings"}
+        text = {key: value for key, value in (self.settings.get("text") or {}).items() if key != "embeddings"}
         plans = {**self.plans_manager.plans, "lgssl": {**self.settings, "text": text}}
         del plans["configurations"]
         self.print_to_log_file(f"Configuration {self.configuration_name}: {self.configuration_manager}\n")

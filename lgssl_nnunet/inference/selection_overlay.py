@@ -39,6 +39,8 @@ class _Slice:
 def draw_selection(image: np.ndarray, selection: np.ndarray, properties: dict, case: str, is_ct: bool) -> Figure:
     """Draw the slice along each axis in which a selection map varies most.
 
+    What preprocessing cut off has no map: it is 0 there, which a selection never is, and stays grey in the picture.
+
     Slices lie as radiologists look at them, the patient's right on the left, where the file says how the patient lies.
 
     Args:
@@ -54,6 +56,7 @@ def draw_selection(image: np.ndarray, selection: np.ndarray, properties: dict, c
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    kept = selection[kept_part(selection)]
     shown = _slices(image, selection, properties)
     window = CT_WINDOW if is_ct else np.percentile(image.ravel()[:: max(image.size // _SAMPLE, 1)], PERCENTILES)
     figure = Figure(figsize=(_PANEL_INCHES * len(shown) + 1.2, 2 * _PANEL_INCHES + 0.6), dpi=150, layout="constrained")
@@ -67,7 +70,7 @@ def draw_selection(image: np.ndarray, selection: np.ndarray, properties: dict, c
     bar = figure.colorbar(heat, ax=axes, shrink=0.7)
     bar.set_label("selection (0: held back, 1: passes)", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)
-    figure.suptitle(f"{case}: selection map, {selection.min():.2f} to {selection.max():.2f}", fontsize=FONT_SIZE)
+    figure.suptitle(f"{case}: selection map, {kept.min():.2f} to {kept.max():.2f}", fontsize=FONT_SIZE)
     return figure
 
 
@@ -88,15 +91,27 @@ def _slices(image: np.ndarray, selection: np.ndarray, properties: dict) -> list[
         to_patient = ornt_transform(io_orientation(affine), axcodes2ornt("LPS"))
         image, selection = (_reordered(volume, to_patient) for volume in (image, selection))
         spacing = _reordered_spacing(spacing, to_patient)
-    place = most_varied_slices(selection)
+    kept = kept_part(selection)
+    place = [box.start + index for box, index in zip(kept, most_varied_slices(selection[kept]), strict=True)]
+    colored = np.full(selection.shape, np.nan, dtype=np.float32)
+    colored[kept] = selection[kept]
     shown = []
     for axis in range(3) if len(selection) > 1 else (0,):
         title = f"{_PLANES[axis] if affine is not None else 'slice'} {place[axis] + 1} of {selection.shape[axis]}"
         pixel = tuple(value for other, value in enumerate(spacing) if other != axis)
-        parts = (np.take(volume, place[axis], axis) for volume in (image, selection))
+        parts = (np.take(volume, place[axis], axis) for volume in (image, colored))
         # Upright planes are stored feet first.
         shown.append(_Slice(title, *(part[::-1] if axis and affine is not None else part for part in parts), pixel))
     return shown
+
+
+def kept_part(selection: np.ndarray) -> tuple[slice, ...]:
+    """Return the box in which a map is not 0, the whole where it is 0 everywhere."""
+    axes = range(selection.ndim)
+    places = [np.flatnonzero(selection.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
+    if not places[0].size:
+        return tuple(slice(0, size) for size in selection.shape)
+    return tuple(slice(int(found[0]), int(found[-1]) + 1) for found in places)
 
 
 def most_varied_slices(selection: np.ndarray) -> tuple[int, ...]:

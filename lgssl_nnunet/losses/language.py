@@ -13,6 +13,9 @@ from lgssl_nnunet.losses.marginal import marginal_logits
 from lgssl_nnunet.losses.prototypes import class_prototypes
 
 _SMALLEST = 1e-6
+_LEAST_PRESENCE = 1 / 8
+"""Coarse positions that a class fills, in pieces or at once, from which on it has a mean feature: half a position along
+each axis. The feature of a position with less of it is that of its neighbours."""
 
 
 def class_map_loss(
@@ -53,7 +56,7 @@ def alignment(image_feature: Tensor, prompt_feature: Tensor, labels: Tensor) -> 
     """Squared distance between each class's mean image feature and its prompt feature, both of length 1.
 
     Source: class-pooled alignment of Text-SemiSeg (2025), methods.md section 16; here both are normalised along the
-    channels, and a class counts where the labels have it.
+    channels, and a class counts in a patch where it fills an eighth of a coarse position at least.
 
     Args:
         image_feature: (B, D, *s) of labelled patches.
@@ -61,11 +64,10 @@ def alignment(image_feature: Tensor, prompt_feature: Tensor, labels: Tensor) -> 
         labels: (B, C, *S) in 0 and 1.
 
     Returns:
-        Mean over the classes that are there, in [0, 4]; 0 without any.
+        Mean over the classes that count, in [0, 4]; 0 without any.
     """
     with torch.autocast(image_feature.device.type, enabled=False):
-        # A class is there where it fills one coarse position, in pieces or at once.
-        pooled, present = class_prototypes(image_feature, _shares(labels, image_feature), "sample", min_voxels=1.0)
+        pooled, present = class_prototypes(image_feature, _shares(labels, image_feature), "sample", _LEAST_PRESENCE)
         distances = functional.normalize(pooled[0], dim=1) - functional.normalize(prompt_feature.float(), dim=1)
         return masked_mean(distances.square().sum(dim=1), present[0])
 

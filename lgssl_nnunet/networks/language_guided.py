@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from dynamic_network_architectures.building_blocks.unet_decoder import UNetDecoder
@@ -194,7 +194,9 @@ def build_language_guided_unet(
     if not 1 <= tvsf_stages <= len(output_channels):
         raise UsageError(f"tvsf_stages={tvsf_stages}: the planned network has {len(output_channels)} stages.")
     seed = plans_manager.plans.get("lgssl", {}).get("training", {}).get("seed", 0)
-    embeddings = prompt_embeddings(prompt_source, _planned_embeddings(plans_manager, num_output_channels), seed)
+    text = plans_manager.plans.get("lgssl", {}).get("text") or {}
+    embeddings = _planned_embeddings(text, num_output_channels, plans_manager.plans.get("plans_name", ""))
+    embeddings = prompt_embeddings(prompt_source, embeddings, seed)
     options = {"stop_gradient": stop_gradient, "std": learnable_std(prompt_source)}
     stages = []
     for depth in range(1, tvsf_stages + 1):
@@ -202,7 +204,8 @@ def build_language_guided_unet(
         if prompt_mode == "fixed_volume":
             prompts = FixedVolumePrompts(embeddings, channels, shape, **options)
         else:
-            prompts = AttentionPrompts(embeddings, channels, len(shape), **options)
+            exclusive = not text.get("regions", False)
+            prompts = AttentionPrompts(embeddings, channels, len(shape), exclusive=exclusive, **options)
         fusion = TextVisionSelectionFusion(channels, len(shape), affine_norm=affine_norm, gate_start=gate_start)
         stages.append(GuidedStage(prompts, fusion))
     return LanguageGuidedUNet(network, second_decoder, stages, dropout, prediction)
@@ -234,13 +237,12 @@ def feature_shape(configuration_manager: ConfigurationManager, depth: int = 1) -
     return tuple(size // stride for size, stride in zip(patch, total, strict=True))
 
 
-def _planned_embeddings(plans_manager: PlansManager, num_output_channels: int) -> torch.Tensor:
-    """Read the prompt embeddings `(C, T)` from the plans and check that they fit the output channels."""
-    text = plans_manager.plans.get("lgssl", {}).get("text", {})
+def _planned_embeddings(text: Mapping[str, Any], num_output_channels: int, plans_name: str) -> torch.Tensor:
+    """Read the prompt embeddings `(C, T)` from the plans' block and check that they fit the output channels."""
     rows = text.get("embeddings") or []
     if len(rows) != num_output_channels or len({len(row) for row in rows}) != 1:
         raise PlansError(
-            f"The plans {plans_manager.plans.get('plans_name', '')} hold {len(rows)} prompt embeddings of one length "
-            f"for {num_output_channels} output channels; run lgssl_plan_and_preprocess for this dataset."
+            f"The plans {plans_name} hold {len(rows)} prompt embeddings of one length for {num_output_channels} output "
+            "channels; run lgssl_plan_and_preprocess for this dataset."
         )
     return torch.tensor(rows, dtype=torch.float32)

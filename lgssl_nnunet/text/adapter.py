@@ -188,8 +188,8 @@ class AttentionPrompts(_Prompts):
     ```
 
     Any patch size, 2D or 3D; moves and mirrors with the image. The logits of alpha are a coarse class map, which labels
-    can supervise. A single output channel (one region) has nothing to compete with, so its softmax gets a second, empty
-    entry with logit 0: alpha is a sigmoid.
+    can supervise. Regions overlap, so each has its own weight and none of them may apply: alpha is a sigmoid, as it is
+    for a single output channel, which has nothing to compete with.
 
     Nothing here tells the classes apart except their vectors: permuting the rows of E and P together leaves tau as it
     is, so `prompt_source="shuffled"` equals "text" up to the draw of P.
@@ -198,6 +198,7 @@ class AttentionPrompts(_Prompts):
         embeddings: frozen E `(C, T)`.
         channels: width D of the bottleneck.
         dimensions: 2 or 3.
+        exclusive: whether one class excludes the others; False for regions.
         stop_gradient: unlabelled rows do not train P and W (W_q, W_k, W_v learn from all rows).
         std: standard deviation of P at the start.
 
@@ -210,10 +211,12 @@ class AttentionPrompts(_Prompts):
         channels: int,
         dimensions: int,
         *,
+        exclusive: bool = True,
         stop_gradient: bool = True,
         std: float = LEARNABLE_STD,
     ) -> None:
         super().__init__(embeddings, channels, stop_gradient, std)
+        self.exclusive = exclusive and len(embeddings) > 1
         self.query = convert_dim_to_conv_op(dimensions)(channels, channels, 1, bias=False)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels, bias=False)
@@ -223,6 +226,6 @@ class AttentionPrompts(_Prompts):
         feature = self.feature_rows(v.shape[0], labeled_rows)
         keys = self.key(feature) / math.sqrt(v.shape[1])
         logits = torch.bmm(keys, self.query(v).flatten(2))
-        alpha = torch.sigmoid(logits) if logits.shape[1] == 1 else torch.softmax(logits, dim=1)
+        alpha = torch.softmax(logits, dim=1) if self.exclusive else torch.sigmoid(logits)
         tau = torch.bmm(self.value(feature).transpose(1, 2), alpha)
         return tau.unflatten(2, v.shape[2:]), logits.unflatten(2, v.shape[2:])

@@ -137,7 +137,7 @@ def prompted_classes(dataset_json: Mapping[str, Any]) -> list[str]:
     if not isinstance(labels, Mapping) or not labels:
         raise PromptError('dataset.json has no `labels`: add, for example, "labels": {"background": 0, "liver": 1}.')
     classes = {name: _label_values(name, value) for name, value in labels.items() if name != "ignore"}
-    if any(isinstance(labels[name], list | tuple) and len(labels[name]) > 1 for name in classes):
+    if has_regions(dataset_json):
         return [name for name, values in classes.items() if set(values) != {0}]
     names = sorted(classes, key=lambda name: classes[name])
     for first, second in itertools.pairwise(names):
@@ -147,6 +147,12 @@ def prompted_classes(dataset_json: Mapping[str, Any]) -> list[str]:
                 "keep one name for each value."
             )
     return names
+
+
+def has_regions(dataset_json: Mapping[str, Any]) -> bool:
+    """Return whether classes are overlapping regions, as nnU-Net decides: some class has several values."""
+    labels = dataset_json["labels"].items()
+    return any(isinstance(value, list | tuple) and len(value) > 1 for name, value in labels if name != "ignore")
 
 
 def prompt_modality(dataset_json: Mapping[str, Any]) -> str:

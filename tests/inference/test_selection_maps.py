@@ -420,6 +420,19 @@ def test_colours_stand_for_the_same_values_in_every_picture():
     assert figure.axes[-1].get_ylabel().startswith("selection")
 
 
+def test_what_preprocessing_cut_off_is_grey_and_chooses_no_slice():
+    selection = np.zeros((8, 8, 8), dtype=np.float32)
+    selection[2:7, 2:7, 2:7] = 0.62
+    selection[5, 2:7, 2:7] = np.linspace(0.3, 0.7, 25).reshape(5, 5)
+    image = np.random.default_rng(0).uniform(size=selection.shape)
+    properties = {"spacing": [1, 1, 1], "sitk_stuff": {"spacing": (1, 1, 1), "direction": np.eye(3).ravel()}}
+    figure = draw_selection(image, selection, properties, "case", is_ct=False)
+    assert figure.axes[0].get_title() == "axial 6 of 8"
+    assert "0.30 to 0.70" in figure._suptitle.get_text()
+    heat = figure.axes[3].images[1].get_array()
+    assert np.ma.getmaskarray(heat).sum() == 64 - 25
+
+
 def test_the_slices_drawn_are_those_in_which_the_map_varies_most():
     selection = np.full((7, 8, 9), 0.5)
     assert most_varied_slices(selection) == (3, 4, 4)

@@ -50,11 +50,20 @@ def test_what_is_not_annotated_does_not_count(exclusive):
 
 
 def test_the_alignment_is_the_distance_of_unit_vectors():
-    # Class 0 has the mean feature (3, 4), classes 1 and 2 fill half a position each: they are not there.
+    # Class 0 has the mean feature (3, 4), classes 1 and 2, half a position each, have (7, 7).
     feature = torch.tensor([[3.0, 7.0], [4.0, 7.0]])[None, :, None]
     prompts = torch.tensor([[2.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
     # (0.6, 0.8) and (1, 0).
-    assert float(alignment(feature, prompts, LABELS)) == pytest.approx(0.4**2 + 0.8**2)
+    assert float(alignment(feature, prompts, LABELS)) == pytest.approx((0.4**2 + 0.8**2) / 3)
+
+
+@pytest.mark.parametrize(("voxels", "counts"), [(7, False), (8, True)])
+def test_a_class_counts_from_an_eighth_of_a_coarse_position_on(voxels, counts):
+    labels = torch.zeros(1, 2, 4, 4, 4)
+    labels[0, 1].view(-1)[:voxels] = 1
+    feature = torch.ones(1, 2, 1, 1, 1, requires_grad=True)
+    alignment(feature, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), labels).backward()
+    assert bool(feature.grad.any()) == counts
 
 
 def test_the_alignment_averages_over_the_classes_that_are_there():

@@ -193,3 +193,21 @@ def test_the_embeddings_are_saved_but_not_trained(mode):
     assert "embeddings" not in dict(adapter.named_parameters())
     assert adapter.learnable.shape == (CLASSES, WIDTH)
     assert adapter.learnable.std() < 0.02
+
+
+def test_regions_have_weights_of_their_own_and_none_where_none_applies():
+    torch.manual_seed(0)
+    adapter = AttentionPrompts(torch.randn(2, WIDTH), CHANNELS, 3, exclusive=False)
+    inside = torch.randn(CHANNELS)
+    v = torch.stack([inside, -inside]).T[None, :, None, None]
+    target = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # both regions, then neither
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=0.05)
+    for _ in range(100):
+        _, logits = adapter.attend(v)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits[0, :, 0, 0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tau = adapter(v)[0, :, 0, 0]
+    assert loss < 0.01
+    assert tau[:, 1].norm() < 0.05 * tau[:, 0].norm()

@@ -236,6 +236,14 @@ def test_a_single_region_trains_its_prompt(build, configuration_3d, mode):
     assert network.prompts.learnable.grad.abs().max() > 0
 
 
+def test_plans_of_regions_make_the_attention_weigh_each_by_itself(build, configuration_3d, make_plans):
+    regions = make_plans()
+    regions.plans["lgssl"]["text"]["regions"] = True
+    assert not build(configuration_3d, plans=regions).prompts.exclusive
+    assert build(configuration_3d).prompts.exclusive
+    assert not build(configuration_3d, classes=1).prompts.exclusive
+
+
 def test_the_published_form_is_one_choice_of_options(build, configuration_3d):
     network = build(
         configuration_3d,

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lgssl_nnunet.errors import DatasetError, PlansError, PromptError, SplitError, UsageError
+from lgssl_nnunet.text.bank import EmbeddingBank
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -194,11 +195,22 @@ def test_regions_and_an_ignore_label_go_through(raw_dataset, plan_tiny):
     raw_dataset(labeled=2, labels=labels, regions_class_order=[1, 2])
     text = json.loads(plan_tiny().read_text())["lgssl"]["text"]
     assert len(text["prompts"]) == len(text["embeddings"]) == 2
+    assert text["regions"] is True
 
 
 def test_sided_classes_block_mirroring_along_left_and_right(raw_dataset, plan_tiny):
     raw_dataset(labeled=2, labels={"background": 0, "left kidney": 1, "right kidney": 2})
     assert json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]["mirroring_axes"] == [0, 1]
+
+
+@pytest.mark.parametrize("names", [("lkidney", "rkidney"), ("LAG", "RAG"), ("LV", "RV"), ("LLL", "RLL")])
+def test_sides_in_abbreviations_block_mirroring_whatever_the_encoder(names, raw_dataset, plan_tiny, tmp_path):
+    raw_dataset(labeled=2, labels={"background": 0, names[0]: 1, names[1]: 2})
+    assert json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]["mirroring_axes"] == [0, 1]
+    prompts = ["background", *names]
+    EmbeddingBank(tuple(prompts), np.eye(3, dtype=np.float32), "other", "0").save(tmp_path / "bank.npz")
+    file = plan_tiny(preprocess=False, text_encoder=f"file:{tmp_path / 'bank.npz'}")
+    assert json.loads(file.read_text())["lgssl"]["mirroring_axes"] == [0, 1]
 
 
 def test_sides_in_any_of_several_texts_block_mirroring(raw_dataset, plan_tiny, tmp_path):

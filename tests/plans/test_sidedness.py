@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgssl_nnunet.plans.sidedness import left_right_axis, mirroring_axes, sided_pairs
+from lgssl_nnunet.plans.sidedness import LeftRight, left_right, mirroring_axes, sided_pairs
 
 IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+OPPOSITE = (-1, 0, 0, 0, 1, 0, 0, 0, 1)
 SAGITTAL = (0, 0, 1, 1, 0, 0, 0, 1, 0)  # the third index axis (array axis 0) runs from left to right
 OBLIQUE = (0.7071, -0.7071, 0, 0.7071, 0.7071, 0, 0, 0, 1)
 SIDED = [["background", "left kidney", "right kidney"]]
@@ -42,15 +43,18 @@ def test_sides_count_only_in_pairs_of_one_structure(texts, number):
     assert len(sided_pairs(texts)) == number
 
 
-@pytest.mark.parametrize(("direction", "axis"), [(IDENTITY, 2), (SAGITTAL, 0), (OBLIQUE, None)])
-def test_the_direction_of_the_image_tells_the_axis(image, direction, axis):
-    assert left_right_axis(image("a", direction), "SimpleITKIO") == axis
+@pytest.mark.parametrize(
+    ("direction", "lying"),
+    [(IDENTITY, LeftRight(2, 1)), (OPPOSITE, LeftRight(2, -1)), (SAGITTAL, LeftRight(0, 1)), (OBLIQUE, None)],
+)
+def test_the_direction_of_the_image_tells_axis_and_sign(image, direction, lying):
+    assert left_right(image("a", direction), "SimpleITKIO") == lying
 
 
 def test_readers_that_reorient_have_a_fixed_axis_and_other_formats_none(tmp_path):
     Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).save(tmp_path / "a.png")
-    assert left_right_axis(tmp_path / "a.png", "SimpleITKIOWithReorient") == 2
-    assert left_right_axis(tmp_path / "a.png", "NaturalImage2DIO") is None
+    assert left_right(tmp_path / "a.png", "SimpleITKIOWithReorient") == LeftRight(2, 1)
+    assert left_right(tmp_path / "a.png", "NaturalImage2DIO") is None
 
 
 def test_without_sides_nothing_is_decided(image):
@@ -80,3 +84,18 @@ def test_images_that_disagree_switch_mirroring_off_altogether(image, caplog):
 def test_images_that_do_not_tell_switch_mirroring_off_altogether(image, caplog):
     assert mirroring_axes(SIDED, {"a": image("a", OBLIQUE)}, "SimpleITKIO", [0, 1, 2]) == []
     assert "do not say" in caplog.text
+
+
+def test_images_stored_in_opposite_directions_are_named_and_keep_the_axis_blocked(image, caplog):
+    images = {name: image(name, IDENTITY) for name in ("a", "b")} | {"c": image("c", OPPOSITE)}
+    assert mirroring_axes(SIDED, images, "SimpleITKIO", [0, 1, 2]) == [0, 1]
+    assert "in c the patient's left lies on the other side" in caplog.text
+    caplog.clear()
+    assert mirroring_axes(SIDED, images, "SimpleITKIOWithReorient", [0, 1, 2]) == [0, 1]
+    assert not caplog.text
+
+
+def test_sides_without_a_pair_are_said_and_change_nothing(image, caplog):
+    texts = ["kidney on the left of the spine", "kidney on the right, below the liver"]
+    assert mirroring_axes([texts], {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]) is None
+    assert "name them alike" in caplog.text

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lgssl_nnunet.derived_plans import derive_plans, with_text
 from lgssl_nnunet.errors import PlansError, PromptError, UsageError
 from lgssl_nnunet.registry import find_trainer
 from lgssl_nnunet.text.bank import EmbeddingBank
-from lgssl_nnunet.training import _derive_plans, train
+from lgssl_nnunet.training import train
 
 BASE = "LGSSLCPUPlans"
 OPTIONS = {
@@ -50,13 +52,13 @@ class FreeWordTrainer:
 
 @pytest.fixture
 def derive(tiny_dataset):
-    """Derived plans of the tiny dataset (or of `plans`) for LGSSLTrainer."""
+    """Derived plans of the tiny dataset (or of `plans`) for LGSSLTrainer, trained in the folder `model` or nowhere."""
 
-    def run(plans=None, trainer="LGSSLTrainer", **options):
+    def run(plans=None, trainer="LGSSLTrainer", model=Path("nowhere"), **options):
         names = ("epochs", "iterations_per_epoch", "unlabeled_batch_size", "seed", "hyperparameters")
-        return _derive_plans(
-            plans or tiny_dataset().plans(), find_trainer(trainer), *(options.get(name) for name in names)
-        )
+        plans = plans or tiny_dataset().plans()
+        derived = derive_plans(plans, find_trainer(trainer), *(options.get(name) for name in names))
+        return with_text(derived, plans, model)
 
     return run
 
@@ -85,7 +87,7 @@ def test_a_derived_name_keeps_the_folder_name_readable_for_nnunet(options, deriv
 def test_words_with_underscores_and_signs_give_no_double_underscore(tiny_dataset):
     for value in ("__", "a__b", "_", "a/b", "../x", "ü", "a b"):
         plans = tiny_dataset().plans()
-        name = _derive_plans(plans, FreeWordTrainer, None, None, None, None, {"word": value})["plans_name"]
+        name = derive_plans(plans, FreeWordTrainer, None, None, None, None, {"word": value})["plans_name"]
         assert "__" not in name
         assert "/" not in name
 
@@ -238,3 +240,69 @@ def test_averaged_texts_are_not_embedded_again(block, derive, tiny_dataset):
 def test_a_missing_text_encoder_is_refused_before_anything_is_written(derive):
     with pytest.raises(PromptError, match=r"none\.npz"):
         derive(hyperparameters={"text_encoder": "file:none.npz"})
+
+
+@pytest.mark.parametrize(
+    ("encoder", "tag"),
+    [
+        ("bank", "bank"),
+        ("file:bank.npz", "file-bank.npz"),
+        ("file:/data/Erika Muster/bank.npz", "file-bank.npz-"),
+        ("hf:/data/Erika Muster/biobert", "hf-biobert-"),
+        ("ViT-B-32/openai", "openai-"),
+    ],
+)
+def test_the_name_tells_the_encoder_without_the_folders_of_its_path(encoder, tag, tiny_dataset):
+    options = (None, None, None, None, {"text_encoder": encoder})
+    name = derive_plans(tiny_dataset().plans(), find_trainer("LGSSLTrainer"), *options)["plans_name"]
+    assert name.startswith(f"{BASE}_text_encoder-{tag}")
+    assert "Muster" not in name
+
+
+def test_two_banks_of_one_name_are_two_trainings(tiny_dataset):
+    names = {
+        derive_plans(
+            tiny_dataset().plans(), find_trainer("LGSSLTrainer"), None, None, None, None, {"text_encoder": encoder}
+        )["plans_name"]
+        for encoder in ("file:bank.npz", "file:/a/bank.npz", "file:/b/bank.npz", "hf:/a/bank.npz")
+    }
+    assert len(names) == 4
+
+
+def test_a_begun_model_keeps_its_vectors_and_needs_no_encoder(derive, tiny_dataset, tmp_path):
+    plans = tiny_dataset().plans()
+    bank = tmp_path / "bank.npz"
+    prompts = tuple(plans["lgssl"]["text"]["prompts"])
+    EmbeddingBank(prompts, np.eye(len(prompts), 7, dtype=np.float32), "unit vectors", "0" * 64).save(bank)
+    options = {"hyperparameters": {"text_encoder": f"file:{bank}"}, "model": tmp_path / "model"}
+    first = derive(plans, **options)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "plans.json").write_text(json.dumps(first))
+    bank.unlink()
+    assert derive(plans, **options) == first
+    plans["lgssl"]["schedule"]["initial_lr"] = 0.5
+    with pytest.raises(PromptError, match="does not exist"):
+        derive(plans, **options)
+
+
+def test_stored_prompts_are_found_by_their_phrase_as_planning_finds_them(derive, tiny_dataset, tmp_path):
+    plans = tiny_dataset().plans()
+    sentences = ["A computerized tomography of a background", "A computerized tomography of a postcava"]
+    plans["lgssl"]["text"]["prompts"] = sentences
+    bank = tmp_path / "bank.npz"
+    EmbeddingBank(("background", "postcava"), np.eye(2, dtype=np.float32), "phrases", "0" * 64).save(bank)
+    text = derive(plans, hyperparameters={"text_encoder": f"file:{bank}"})["lgssl"]["text"]
+    assert text["embeddings"] == np.eye(2).tolist()
+    shipped = derive(plans, hyperparameters={"text_encoder": "bank"})["lgssl"]["text"]
+    assert shipped["prompts"][1] != sentences[1]
+
+
+def test_plans_without_text_and_plans_of_another_encoder_say_what_to_do(derive, tiny_dataset, tmp_path):
+    plans = tiny_dataset().plans()
+    plans["lgssl"]["training"] = {"hyperparameters": {"text_encoder": "file:x.npz"}, "planned_as": BASE}
+    with pytest.raises(PromptError, match=f"-p {BASE}"):
+        derive(plans, hyperparameters={"text_encoder": "planned"})
+    plans = tiny_dataset().plans()
+    del plans["lgssl"]["text"]
+    with pytest.raises(PromptError, match="hold no prompts"):
+        derive(plans, hyperparameters={"text_encoder": "bank"})
