@@ -369,7 +369,9 @@ def _report_cases(complete: RawDataset, dataset: RawDataset, budget: Budget) -> 
     partial = partial_labels(dataset)
     if partial:
         logger.info("%d of the labelled cases annotate only some of the classes.", len(partial))
-    if not dataset.unlabeled:
+        if not dataset.unlabeled:
+            logger.info("Without unlabelled cases LGSSLTrainer learns from the images of these what they leave open.")
+    elif not dataset.unlabeled:
         logger.warning(
             "%s has no unlabelled case: only SupervisedTrainer can train on these plans. Put images into imagesUn, or "
             "use --labeled N to treat labelled cases as unlabelled.",

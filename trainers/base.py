@@ -312,7 +312,8 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         planned = PlansManager(plans).get_configuration(configuration)
         if planned.previous_stage_name is not None:
             raise PlansError(f"{configuration} is a cascade, which {name} cannot train: use 3d_fullres.")
-        if cls.views and not split["unlabeled"]:
+        has_images = split["unlabeled"] or (cls.supports_partial_labels and plans["lgssl"].get("partial_labels"))
+        if cls.views and not has_images:
             raise SplitError(
                 f"{plans_name} have no unlabelled image, and {name} learns from them: put images into imagesUn, plan "
                 "with --labeled N, or train SupervisedTrainer."
@@ -459,6 +460,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             return cases
         return without_twins(cases, self.do_split()[1], self.settings.get("twins", []))
 
+    def partly_annotated_cases(self) -> list[str]:
+        """Return the training cases that leave a class open: they are unlabelled there, so both streams draw them."""
+        partial = self.settings.get("partial_labels", {})
+        return [case for case in self.do_split()[0] if case in partial]
+
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
         """Restrict nnU-Net's mirroring to the axes that the plans allow (left and right must stay apart)."""
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
@@ -522,7 +528,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
             channel for channel, masked in enumerate(self.configuration_manager.use_mask_for_norm or ()) if masked
         ]
         views = ViewsTransform(training_transforms, self.views, masked)
-        cases = UnlabeledDataset(str(self.unlabeled_folder), self.unlabeled_cases())
+        cases = UnlabeledDataset(
+            str(self.unlabeled_folder),
+            self.unlabeled_cases(),
+            Path(self.preprocessed_dataset_folder),
+            self.partly_annotated_cases(),
+        )
         return self._unlabeled_loader(cases, initial_patch_size, views)
 
     def _unlabeled_loader(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,26 @@ class UnlabeledDataset(nnUNetDatasetBlosc2):
     """Images of `<data_identifier>_unlabeled/`; the segmentation handed out is a constant that occupies no memory.
 
     There is no segmentation file in that folder, and nothing here would open one.
+
+    Args:
+        folder: `<data_identifier>_unlabeled/`.
+        identifiers: the cases.
+        labeled_folder: `<data_identifier>/`.
+        labeled: cases there whose images are handed out as well.
     """
+
+    def __init__(
+        self, folder: str, identifiers: list[str], labeled_folder: Path | None = None, labeled: Sequence[str] = ()
+    ) -> None:
+        super().__init__(folder, [*identifiers, *labeled])
+        self._folders = dict.fromkeys(labeled, labeled_folder)
 
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict]:
         """Return image (M, X, Y, Z) as a lazily read array, a constant -1 map (1, X, Y, Z), None and the properties."""
-        image = self.opened(Path(self.source_folder) / f"{identifier}.b2nd")
+        folder = self._folders.get(identifier, Path(self.source_folder))
+        image = self.opened(folder / f"{identifier}.b2nd")
         segmentation = np.broadcast_to(np.int8(-1), (1, *image.shape[1:]))
-        properties = load_pickle(os.path.join(self.source_folder, f"{identifier}.pkl"))
+        properties = load_pickle(str(folder / f"{identifier}.pkl"))
         return image, segmentation, None, {**properties, "class_locations": None}
 
     def opened(self, file: Path) -> Any:

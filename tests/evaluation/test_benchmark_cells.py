@@ -149,6 +149,14 @@ def test_methods_with_all_labels_train_where_the_dataset_has_unlabelled_cases(ra
     assert shown(grid(budgets=["all"])) == [(0, None, "SupervisedTrainer"), (0, None, "LGSSLTrainer")]
 
 
+def test_cases_that_leave_a_class_open_are_unlabelled_cases_too(all_labeled):
+    content = json.loads((all_labeled / "dataset.json").read_text())
+    first = sorted(file.name.split(".")[0] for file in (all_labeled / "labelsTr").iterdir())[0]
+    content["annotated"] = {first: [next(name for name in content["labels"] if name != "background")]}
+    (all_labeled / "dataset.json").write_text(json.dumps(content))
+    assert shown(grid(budgets=["all"])) == [(0, None, "SupervisedTrainer"), (0, None, "LGSSLTrainer")]
+
+
 def test_the_upper_bound_is_there_without_being_named(all_labeled):
     methods = shown(grid(budgets=["all", 2], trainers=["LGSSLTrainer"]))
     assert methods == [(0, 2, "LGSSLTrainer"), (0, None, "SupervisedTrainer")]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 
 from lgssl_nnunet.engine.batches import finest
 from lgssl_nnunet.engine.seeding import seed_everything
@@ -264,6 +265,45 @@ def test_the_alignment_of_a_partly_annotated_patch_leaves_out_background(started
     monkeypatch.setattr(lg_ssl, "alignment", lambda f, p, labels: seen.append(labels) or original(f, p, labels))
     trainer.loss_terms(*trainer.to_batches(batch_of(trainer, 0, 3)))
     assert float(seen[0][0, 0].max()) == 0 < float(seen[0][1, 0].max())
+
+
+# --------------------------------------------------------------------------------------------- the unlabelled stream
+
+
+def test_both_streams_draw_partly_annotated_cases_and_the_unlabelled_one_opens_no_label(started, monkeypatch):
+    import blosc2
+
+    trainer = started("LGSSLTrainer")
+    split = trainer.settings["split"]
+    partial = sorted(split["labeled"])[:3]
+    assert trainer.partly_annotated_cases() == partial
+    loader = trainer.unlabeled_loader(trainer.configuration_manager.patch_size, ComposeTransforms([]))
+    assert loader._data.identifiers == sorted([*split["unlabeled"], *partial])
+    opened, original = [], blosc2.open
+    monkeypatch.setattr(blosc2, "open", lambda urlpath, **o: opened.append(Path(urlpath)) or original(urlpath, **o))
+    for case in loader._data.identifiers:
+        image, segmentation, _, properties = loader._data.load_case(case)
+        assert segmentation.shape == (1, *image.shape[1:])
+        assert (segmentation == -1).all()
+        assert properties["class_locations"] is None
+    folder = Path(trainer.preprocessed_dataset_folder)
+    assert sorted(file for file in opened if file.parent == folder) == [folder / f"{case}.b2nd" for case in partial]
+    assert {file.parent for file in opened} == {folder, trainer.unlabeled_folder}
+
+
+def test_completely_annotated_cases_stay_out_of_the_unlabelled_stream(planned, build_trainer):
+    trainer = build_trainer("LGSSLTrainer", dataset=planned(state="complete"))
+    assert trainer.partly_annotated_cases() == []
+
+
+@pytest.mark.slow
+def test_partly_annotated_cases_alone_are_enough_to_train(planned, build_trainer):
+    split = {**planned().plans()["lgssl"]["split"], "unlabeled": []}
+    trainer = build_trainer("LGSSLTrainer", dataset=planned(), epochs=1, iterations=2, split=split)
+    trainer.run_training()
+    assert [row["agreement"] > 0 for row in trainer.term_log.rows] == [True]
+    with pytest.raises(SplitError, match="no unlabelled image"):
+        build_trainer("LGSSLTrainer", dataset=planned(state="complete"), split=split)
 
 
 # ------------------------------------------------------------------------------------------------------- validation

@@ -11,6 +11,7 @@ from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.evaluation.benchmark.cells import Cell, method_label, parse_method
 from lgssl_nnunet.inference.models import BASELINE
 from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
+from lgssl_nnunet.plans.partial_labels import partial_labels
 from lgssl_nnunet.plans.splits import choose_budget
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,12 @@ def build_grid(request: GridRequest) -> list[Cell]:
 
 
 def _methods_of_budget(methods: Sequence[Method], dataset: RawDataset, budget: int | None) -> list[Method]:
-    """Return the methods that can train on a budget, those that learn from another's model last."""
-    leaves_some = bool(dataset.unlabeled) or (budget is not None and budget < len(dataset.labeled))
+    """Return the methods that can train on a budget, those that learn from another's model last.
+
+    Cases that annotate some classes only are unlabelled in the others, for the methods that take them.
+    """
+    left = bool(dataset.unlabeled) or (budget is not None and budget < len(dataset.labeled))
+    leaves_some = left or bool(partial_labels(dataset))
     usable = [method for method in methods if leaves_some or not method.needs_unlabeled]
     left_out = [method_label(m.trainer, dict(m.settings)) for m in methods if m not in usable]
     if left_out:
