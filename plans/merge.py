@@ -19,7 +19,13 @@ from lgssl_nnunet.files import copy_file, file_signature, link_file, read_json_i
 from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.paths import data_folders, dataset_number
 from lgssl_nnunet.plans.cases import Case, find_reader
-from lgssl_nnunet.plans.merged_classes import MergedClass, look_alike, merge_classes, merged_prompts
+from lgssl_nnunet.plans.merged_classes import (
+    MergedClass,
+    look_alike,
+    merge_classes,
+    merged_prompts,
+    parts_left_out,
+)
 from lgssl_nnunet.plans.merged_sources import (
     Source,
     annotated_and_groups,
@@ -37,7 +43,7 @@ RECORDS, SOURCES = "merge", "sources.json"
 """Folder of the merged dataset with a record of each case, and the file in it that says what is merged and how."""
 PROVENANCE = "provenance.json"
 """Beside dataset.json: dataset and case that each case comes from."""
-_PAIRS_IN_WARNING = 5
+_MOST_IN_WARNING = 5
 
 
 @dataclass(frozen=True)
@@ -399,12 +405,28 @@ def _tell(merge: Merge) -> None:
         labels = [case for case in _cases(merge, source) if case.label is not None]
         changed = "values of labels change" if any(case.values is not None for case in labels) else "labels stay"
         logger.info("%s: %s; %s", source.name, counts, changed)
-    pairs = [f"{first.name!r} and {second.name!r}" for first, second in look_alike(merge.classes)]
+    _warn_about_contradictions(merge.classes)
+
+
+def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
+    """Say which classes may be one structure, or contain each other, so that a voxel has two values in two datasets."""
+    pairs = [f"{first.name!r} and {second.name!r}" for first, second in look_alike(classes)]
     if pairs:
-        more = f", and {len(pairs) - _PAIRS_IN_WARNING} more pairs" if len(pairs) > _PAIRS_IN_WARNING else ""
         logger.warning(
-            "Classes that look alike and stay apart: %s%s. Join what is one structure with --same; where one contains "
+            "Classes that look alike and stay apart: %s. Join what is one structure with --same; where one contains "
             'the other, as "kidney" a "left kidney", the labels of the datasets contradict each other.',
-            ", ".join(pairs[:_PAIRS_IN_WARNING]),
-            more,
+            _first_of(pairs),
         )
+    alone = [f"{dataset} has {whole.name!r} without {part.name!r}" for dataset, whole, part in parts_left_out(classes)]
+    if alone:
+        logger.warning(
+            "Classes whose part is a class of other datasets: %s. Where the labels count the part to the whole, the "
+            "datasets contradict each other: join the two with --same, or make the whole a region in the merged "
+            "dataset.json (docs/merging_datasets.md).",
+            _first_of(alone),
+        )
+
+
+def _first_of(entries: Sequence[str]) -> str:
+    more = f", and {len(entries) - _MOST_IN_WARNING} more" if len(entries) > _MOST_IN_WARNING else ""
+    return ", ".join(entries[:_MOST_IN_WARNING]) + more
