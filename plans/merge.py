@@ -323,8 +323,9 @@ def _cases(merge: Merge, source: Source) -> Iterator[MergedCase]:
         return MergedCase(identifier, source.name, case.identifier, case.images, case.label, part, changed)
 
     for case in source.dataset.cases.values():
-        in_images_un = case.images[0].parent.name == IMAGE_FOLDERS[UNLABELED]
-        yield merged(case, UNLABELED if in_images_un else TRAIN)
+        # A listed image may lie in any folder, and only imagesTr has one for labels beside it.
+        unlabeled = case.label is None and case.images[0].parent.name == IMAGE_FOLDERS[UNLABELED]
+        yield merged(case, UNLABELED if unlabeled else TRAIN)
     for case in source.test.values():
         yield merged(case, TEST)
 
@@ -375,18 +376,13 @@ def _dataset_json(merge: Merge, cases: Sequence[MergedCase]) -> dict[str, Any]:
         "merged": {
             "tool": f"lgssl_nnunet {lgssl_nnunet.__version__}",
             "classes": {source.name: source.names(merge.classes) for source in merge.sources},
-            "cases": {source.name: _counts(source) for source in merge.sources},
+            "cases": {origin: source.counts(origin) for source in merge.sources for origin in source.origins},
         },
     }
 
 
 def _is_mixed(merge: Merge) -> bool:
     return len({prompt_modality(source.dataset.dataset_json) for source in merge.sources}) > 1
-
-
-def _counts(source: Source) -> dict[str, int]:
-    counted = {"labeled": source.dataset.labeled, "unlabeled": source.dataset.unlabeled, "test": source.test}
-    return {kind: len(cases) for kind, cases in counted.items()}
 
 
 def _tell(merge: Merge) -> None:
@@ -401,7 +397,7 @@ def _tell(merge: Merge) -> None:
         logger.info("  %2d %-*s  voxels to be ignored", merge.labels["ignore"], width, "ignore")
     logger.info("Channels: %s", ", ".join(merge.channel_names.values()))
     for source in merge.sources:
-        counts = "{labeled} labelled, {unlabeled} unlabelled, {test} test".format_map(_counts(source))
+        counts = "{labeled} labelled, {unlabeled} unlabelled, {test} test".format_map(source.counts(source.name))
         labels = [case for case in _cases(merge, source) if case.label is not None]
         changed = "values of labels change" if any(case.values is not None for case in labels) else "labels stay"
         logger.info("%s: %s; %s", source.name, counts, changed)
