@@ -331,6 +331,67 @@ def test_a_training_case_and_a_test_case_of_one_name_are_refused(two):
         here([901, 902], 903)
 
 
+def test_a_changed_dataset_json_stays_when_the_merge_is_continued(two, caplog):
+    caplog.set_level("INFO")
+    file = here([901, 902], 903) / "dataset.json"
+    content = json.loads(file.read_text())
+    here([901, 902], 903)
+    assert json.loads(file.read_text()) == content
+    assert "keeps what was changed" not in caplog.text
+    edits = {
+        "labels": {"background": 0, "abdomen": [1, 3], "liver": 1, "postcava": 2, "spleen": 3},
+        "regions_class_order": [3, 1, 2, 3],
+        "prompts": {"liver": "liver of a child"},
+    }
+    edited = {key: entry for key, entry in {**content, **edits}.items() if key != "name"}
+    file.write_text(json.dumps(edited))
+    two[0].add("lab_09")
+    counts = {**content["merged"]["cases"], A: {"labeled": 3, "unlabeled": 2, "test": 1}}
+    for _ in range(2):
+        caplog.clear()
+        here([901, 902], 903)
+        merged = {**content["merged"], "cases": counts}
+        assert json.loads(file.read_text()) == {**edited, "numTraining": 5, "merged": merged}
+        assert "dataset.json keeps what was changed in it since the merge: name, labels, prompts" in caplog.text
+
+
+def test_a_change_of_what_is_to_be_written_anew_is_refused_before_anything_is_written(two, files_below):
+    merged = here([901, 902], 903)
+    file, content = merged / "dataset.json", description(merged)
+    before = files_below(merged.parent)
+    two[0].add("lab_09")
+    for text, error, message in (
+        (json.dumps({**content, "numTraining": 7}), UsageError, r"write anew \(numTraining\); move it away, run the"),
+        ("{", DatasetError, r"dataset.json: the file is not valid JSON"),
+        ("[]", DatasetError, r"dataset.json: holds no JSON object"),
+    ):
+        file.write_text(text)
+        for dry_run in (True, False):
+            with pytest.raises(error, match=message):
+                here([901, 902], 903, dry_run=dry_run)
+        assert file.read_text() == text
+        assert not list(merged.rglob("*lab_09*"))
+    file.rename(file.with_name("mine.json"))
+    assert description(here([901, 902], 903))["numTraining"] == 5
+    assert set(before) < set(files_below(merged.parent))
+
+
+def test_an_end_between_dataset_json_and_its_copy_changes_nothing(two):
+    merged = here([901, 902], 903)
+    copy = merged / "merge" / "dataset.json.written"
+    earlier = copy.read_bytes()
+    two[0].add("lab_09")
+    here([901, 902], 903)
+    content = description(merged)
+    for text in (earlier, None):
+        copy.unlink()
+        if text is not None:
+            copy.write_bytes(text)
+        here([901, 902], 903)
+        assert description(merged) == content
+        assert json.loads(copy.read_text()) == content
+
+
 def test_parts_of_classes_that_datasets_count_to_the_whole_are_told(raw_dataset, caplog, plan_tiny):
     raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1, "liver tumour": 2})
     raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "hepar": 1})
