@@ -119,7 +119,7 @@ def load_raw_dataset(dataset: int | str) -> RawDataset:
         extra_problems.append(problem)
     everything = dict(sorted({**extra, **cases}.items()))
     _require_cases(folder, everything, dataset_json["file_ending"])
-    problems += extra_problems + _missing_channels(everything, dataset_json)
+    problems += extra_problems + missing_channels(everything, dataset_json)
     test = held_out_cases(folder, dataset_json)
     problems += annotation_problems(dataset_json, (*everything, *test))
     _warn_about_num_training(dataset_json, cases, everything)
@@ -294,8 +294,14 @@ def _listed_path(folder: Path, path: str) -> Path:
     return Path(os.path.abspath(folder / os.path.expandvars(path)))
 
 
-def _missing_channels(cases: Mapping[str, Case], dataset_json: dict[str, Any]) -> list[Problem]:
-    expected = _files_per_case(cases, dataset_json)
+def missing_channels(cases: Mapping[str, Case], dataset_json: dict[str, Any]) -> list[Problem]:
+    """Return which channels of cases are missing, or are not known to dataset.json.
+
+    Args:
+        cases: training cases, or those of `held_out_cases`.
+        dataset_json: content of dataset.json.
+    """
+    expected = _files_per_case(cases, dataset_json) if cases else 0
     ending = dataset_json["file_ending"]
     problems = []
     for name, case in cases.items():

@@ -19,7 +19,14 @@ from lgssl_nnunet.files import copy_file, file_signature, link_file, read_json_i
 from lgssl_nnunet.locks import hold_lock, lock_beside
 from lgssl_nnunet.paths import data_folders, dataset_number
 from lgssl_nnunet.plans.cases import Case, find_reader
-from lgssl_nnunet.plans.merged_classes import MergedClass, look_alike, merge_classes, merged_prompts
+from lgssl_nnunet.plans.merged_classes import (
+    MergedClass,
+    look_alike,
+    merge_classes,
+    merged_prompts,
+    parts_left_out,
+)
+from lgssl_nnunet.plans.merged_edits import with_edits, write_with_edits
 from lgssl_nnunet.plans.merged_sources import (
     Source,
     annotated_and_groups,
@@ -35,9 +42,11 @@ logger = logging.getLogger(__name__)
 
 RECORDS, SOURCES = "merge", "sources.json"
 """Folder of the merged dataset with a record of each case, and the file in it that says what is merged and how."""
+WRITTEN = "dataset.json.written"
+"""In the same folder: dataset.json as it was written, by which edits are known."""
 PROVENANCE = "provenance.json"
 """Beside dataset.json: dataset and case that each case comes from."""
-_PAIRS_IN_WARNING = 5
+_MOST_IN_WARNING = 5
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class MergedFolder:
     def records(self) -> CaseRecords:
         """What was merged before."""
         return CaseRecords(self.target, RECORDS, "merged", SOURCES)
+
+    @property
+    def description(self) -> tuple[Path, Path]:
+        """Its dataset.json, and the copy of what was written there."""
+        return self.target / "dataset.json", self.target / RECORDS / WRITTEN
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ def merge_datasets(
 
     Images, and labels of which no value changes, are linked. Labels of unlabelled cases are not opened, nor are those
     that can be linked. Everything that is wrong is told at once, before anything is written; the same call again does
-    what is missing, or new in the datasets.
+    what is missing, or new in the datasets, and keeps what was changed in the merged dataset.json.
 
     Args:
         datasets: ids or names in nnUNet_raw, two or more.
@@ -157,7 +171,8 @@ def merge_datasets(
         The folder of the merged dataset.
 
     Raises:
-        UsageError: fewer than two datasets, or an output that holds or is called like something else.
+        UsageError: fewer than two datasets, an output that holds or is called like something else, or a merged
+            dataset.json that was changed in what is to be written anew.
         DatasetError: the datasets do not fit together, or have problems of their own, all listed; or labels that
             could not be read, named after all others were done.
         FolderBusyError: another process is writing into the output.
@@ -165,12 +180,13 @@ def merge_datasets(
     """
     target = _target(output)
     merge = _checked(datasets, target, same, keep_apart, channel_names, link=not copy)
-    _refuse_foreign_target(merge)
+    description = _dataset_json(merge)
+    _refuse_foreign_target(merge, description)
     _tell(merge)
     if not dry_run:
         with hold_lock(lock_beside(target, "conversion"), target):
-            _refuse_foreign_target(merge)  # again: another process may have written since
-            _write(merge, num_processes, progress)
+            _refuse_foreign_target(merge, description)  # again: another process may have written since
+            _write(merge, description, num_processes, progress)
         logger.info("%s is ready: lgssl_plan_and_preprocess -d %d", target, dataset_number(target.name))
     return target
 
@@ -260,7 +276,7 @@ def _checked(
     return Merge(tuple(sources), tuple(classes), channels, folder)
 
 
-def _refuse_foreign_target(merge: Merge) -> None:
+def _refuse_foreign_target(merge: Merge, description: Mapping[str, Any]) -> None:
     target = merge.folder.target
     refuse_taken_number(target, "-o")
     if not target.exists() or not any(target.iterdir()):
@@ -273,9 +289,10 @@ def _refuse_foreign_target(merge: Merge) -> None:
             f"{target}: was merged from other datasets or with other classes or channels; remove it or choose another "
             "id with -o."
         )
+    with_edits(description, *merge.folder.description)
 
 
-def _write(merge: Merge, num_processes: int | None, progress: bool) -> None:
+def _write(merge: Merge, description: Mapping[str, Any], num_processes: int | None, progress: bool) -> None:
     """Make what is missing, remove what the datasets do not have any more, and write dataset.json."""
     target, records = merge.folder.target, merge.folder.records
     for folder in (*IMAGE_FOLDERS.values(), *LABEL_FOLDERS.values(), RECORDS):
@@ -290,7 +307,7 @@ def _write(merge: Merge, num_processes: int | None, progress: bool) -> None:
     _make(merge, todo, num_processes, progress)
     provenance = {name: {"dataset": case.dataset, "case": case.case} for name, case in sorted(cases.items())}
     write_json(provenance, target / PROVENANCE)
-    write_json(_dataset_json(merge, list(cases.values())), target / "dataset.json")
+    write_with_edits(description, *merge.folder.description)
 
 
 def _make(merge: Merge, cases: Sequence[MergedCase], num_processes: int | None, progress: bool) -> None:
@@ -317,8 +334,9 @@ def _cases(merge: Merge, source: Source) -> Iterator[MergedCase]:
         return MergedCase(identifier, source.name, case.identifier, case.images, case.label, part, changed)
 
     for case in source.dataset.cases.values():
-        in_images_un = case.images[0].parent.name == IMAGE_FOLDERS[UNLABELED]
-        yield merged(case, UNLABELED if in_images_un else TRAIN)
+        # A listed image may lie in any folder, and only imagesTr has one for labels beside it.
+        unlabeled = case.label is None and case.images[0].parent.name == IMAGE_FOLDERS[UNLABELED]
+        yield merged(case, UNLABELED if unlabeled else TRAIN)
     for case in source.test.values():
         yield merged(case, TEST)
 
@@ -343,7 +361,7 @@ def _description(merge: Merge) -> dict[str, Any]:
     return description | ({"overwrite_image_reader_writer": reader} if reader else {})
 
 
-def _dataset_json(merge: Merge, cases: Sequence[MergedCase]) -> dict[str, Any]:
+def _dataset_json(merge: Merge) -> dict[str, Any]:
     annotated: dict[str, list[str]] = {}
     groups: dict[str, list[str]] = {}
     for source in merge.sources:
@@ -362,25 +380,20 @@ def _dataset_json(merge: Merge, cases: Sequence[MergedCase]) -> dict[str, Any]:
         "name": merge.folder.target.name.partition("_")[2],
         **_description(merge),
         "prompts": merged_prompts(merge.classes, mixed=_is_mixed(merge)),
-        "numTraining": sum(case.label is not None and case.part == TRAIN for case in cases),
+        "numTraining": sum(len(source.dataset.labeled) for source in merge.sources),
         "annotated": annotated,
         "groups": groups,
         **{key: text for key, text in terms.items() if text},
         "merged": {
             "tool": f"lgssl_nnunet {lgssl_nnunet.__version__}",
             "classes": {source.name: source.names(merge.classes) for source in merge.sources},
-            "cases": {source.name: _counts(source) for source in merge.sources},
+            "cases": {origin: source.counts(origin) for source in merge.sources for origin in source.origins},
         },
     }
 
 
 def _is_mixed(merge: Merge) -> bool:
     return len({prompt_modality(source.dataset.dataset_json) for source in merge.sources}) > 1
-
-
-def _counts(source: Source) -> dict[str, int]:
-    counted = {"labeled": source.dataset.labeled, "unlabeled": source.dataset.unlabeled, "test": source.test}
-    return {kind: len(cases) for kind, cases in counted.items()}
 
 
 def _tell(merge: Merge) -> None:
@@ -395,16 +408,32 @@ def _tell(merge: Merge) -> None:
         logger.info("  %2d %-*s  voxels to be ignored", merge.labels["ignore"], width, "ignore")
     logger.info("Channels: %s", ", ".join(merge.channel_names.values()))
     for source in merge.sources:
-        counts = "{labeled} labelled, {unlabeled} unlabelled, {test} test".format_map(_counts(source))
+        counts = "{labeled} labelled, {unlabeled} unlabelled, {test} test".format_map(source.counts(source.name))
         labels = [case for case in _cases(merge, source) if case.label is not None]
         changed = "values of labels change" if any(case.values is not None for case in labels) else "labels stay"
         logger.info("%s: %s; %s", source.name, counts, changed)
-    pairs = [f"{first.name!r} and {second.name!r}" for first, second in look_alike(merge.classes)]
+    _warn_about_contradictions(merge.classes)
+
+
+def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
+    """Say which classes may be one structure, or contain each other, so that a voxel has two values in two datasets."""
+    pairs = [f"{first.name!r} and {second.name!r}" for first, second in look_alike(classes)]
     if pairs:
-        more = f", and {len(pairs) - _PAIRS_IN_WARNING} more pairs" if len(pairs) > _PAIRS_IN_WARNING else ""
         logger.warning(
-            "Classes that look alike and stay apart: %s%s. Join what is one structure with --same; where one contains "
+            "Classes that look alike and stay apart: %s. Join what is one structure with --same; where one contains "
             'the other, as "kidney" a "left kidney", the labels of the datasets contradict each other.',
-            ", ".join(pairs[:_PAIRS_IN_WARNING]),
-            more,
+            _first_of(pairs),
         )
+    alone = [f"{dataset} has {whole.name!r} without {part.name!r}" for dataset, whole, part in parts_left_out(classes)]
+    if alone:
+        logger.warning(
+            "Classes whose part is a class of other datasets: %s. Where the labels count the part to the whole, the "
+            "datasets contradict each other: join the two with --same, or make the whole a region in the merged "
+            "dataset.json (docs/merging_datasets.md).",
+            _first_of(alone),
+        )
+
+
+def _first_of(entries: Sequence[str]) -> str:
+    more = f", and {len(entries) - _MOST_IN_WARNING} more" if len(entries) > _MOST_IN_WARNING else ""
+    return ", ".join(entries[:_MOST_IN_WARNING]) + more

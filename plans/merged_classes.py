@@ -2,7 +2,8 @@
 
 Two classes are one if a user says so (`same`), or if their texts name one structure: equal words, or names of one
 structure in the bank's table of synonyms. The text of a class is its prompt where it has one, else its name, so that
-the "tumour" of two datasets whose prompts are "liver tumour" and "kidney tumour" stays two classes.
+the "tumour" of two datasets whose prompts are "liver tumour" and "kidney tumour" stays two classes. Sentences are
+compared as a whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lgssl_nnunet.paths import is_dataset
+from lgssl_nnunet.paths import dataset_number, is_dataset
 from lgssl_nnunet.problems import Problem
 from lgssl_nnunet.text.bank import normalise, structure_of, without_article
 from lgssl_nnunet.text.prompts import CT, MRI, build_prompts, modality_of, phrase_of
@@ -34,8 +35,9 @@ class SourceClass:
         dataset: name of the dataset's folder.
         name: in its dataset.json.
         value: of its voxels.
-        text: the phrase that says what it is, without an article.
+        text: the phrase that says what it is, without an article, or the sentences of a prompt that has none.
         prompt: what its dataset.json has as its prompt; None for none.
+        has_phrase: the text is a phrase, which can be a name.
     """
 
     dataset: str
@@ -43,6 +45,7 @@ class SourceClass:
     value: int
     text: str
     prompt: str | Sequence[str] | None = field(default=None, compare=False)
+    has_phrase: bool = True
 
     @property
     def identity(self) -> str:
@@ -73,6 +76,14 @@ class MergedClass:
         return {member.dataset for member in self.members}
 
 
+@dataclass(frozen=True)
+class _Chain:
+    """Classes that a user joins, and what the class is called."""
+
+    name: str
+    members: tuple[SourceClass, ...]
+
+
 def classes_of(dataset: str, dataset_json: Mapping[str, Any]) -> list[SourceClass]:
     """Return the foreground classes of a dataset by ascending value; it has no regions.
 
@@ -89,8 +100,10 @@ def classes_of(dataset: str, dataset_json: Mapping[str, Any]) -> list[SourceClas
         value = label_value(dataset_json["labels"][name])
         if value > 0:
             phrases = [text.phrase or phrase_of(text.sentence) for text in prompt.texts]
-            text = without_article(next(filter(None, phrases), name))
-            found.append(SourceClass(dataset, name, value, text, (dataset_json.get("prompts") or {}).get(name)))
+            phrase = next(filter(None, phrases), None)
+            text = without_article(phrase) if phrase else " ".join(text.sentence for text in prompt.texts)
+            own = (dataset_json.get("prompts") or {}).get(name)
+            found.append(SourceClass(dataset, name, value, text, own, phrase is not None))
     return found
 
 
@@ -112,7 +125,7 @@ def merge_classes(
     chains, problems = _chains(classes, same)
     apart, more = _named(classes, keep_apart, "--keep_apart")
     problems += more
-    for member in sorted(set(apart) & set(itertools.chain(*chains.values())), key=str):
+    for member in sorted(set(apart) & _joined(chains), key=str):
         problems.append(Problem(str(member), "is named by --same and by --keep_apart", "name it in one of the two"))
     groups = _groups(classes, chains, apart)
     problems += [problem for group in groups for problem in _joined_within_a_dataset(group, chains)]
@@ -144,35 +157,60 @@ def merged_prompts(merged: Sequence[MergedClass], *, mixed: bool) -> dict[str, A
 
 
 def look_alike(merged: Sequence[MergedClass]) -> Iterator[tuple[MergedClass, MergedClass]]:
-    """Yield pairs of classes that no dataset has both of, and whose texts are nearly the same or contain each other."""
+    """Yield pairs of classes that no dataset has both of, and whose texts are nearly the same or contain each other.
+
+    A sentence is not like the phrase of the same structure, so that with one in a pair equal names are enough.
+    """
     for first, second in itertools.combinations(merged, 2):
-        one, other = first.members[0].identity, second.members[0].identity
-        words = set(one.split()), set(other.split())
-        similar = difflib.SequenceMatcher(None, one, other).ratio() > _LOOKS_ALIKE
+        one, other = first.members[0], second.members[0]
+        words = _words(first), _words(second)
+        similar = difflib.SequenceMatcher(None, one.identity, other.identity).ratio() > _LOOKS_ALIKE
+        similar |= normalise(one.name) == normalise(other.name) and not (one.has_phrase and other.has_phrase)
         if not first.datasets & second.datasets and (similar or words[0] <= words[1] or words[1] <= words[0]):
             yield first, second
 
 
-def _chains(
-    classes: Sequence[SourceClass], same: Sequence[Sequence[str]]
-) -> tuple[dict[str, list[SourceClass]], list[Problem]]:
-    """Return the members of each group of `same` by the name of its class, and what is wrong with the groups."""
-    chains: dict[str, list[SourceClass]] = {}
+def parts_left_out(merged: Sequence[MergedClass]) -> Iterator[tuple[str, MergedClass, MergedClass]]:
+    """Yield dataset, class and part of it where the dataset has the class alone and another one has both.
+
+    What is a part is told by the words: "liver tumour" is one of "liver".
+    """
+    for whole, part in itertools.permutations(merged, 2):
+        if whole.datasets & part.datasets and _words(whole) < _words(part):
+            yield from ((dataset, whole, part) for dataset in sorted(whole.datasets - part.datasets))
+
+
+def _words(entry: MergedClass) -> set[str]:
+    return set(entry.members[0].identity.split())
+
+
+def _chains(classes: Sequence[SourceClass], same: Sequence[Sequence[str]]) -> tuple[list[_Chain], list[Problem]]:
+    """Return the groups of `same`, and what is wrong with them."""
+    chains: list[_Chain] = []
     problems = []
     for names in same:
         shown = "--same " + "=".join(names)
-        # The first may be a new name; of the others each is a class.
-        first, _ = _named(classes, names[:1], shown)
+        first, no_class = _named(classes, names[:1], shown)
         others, missing = _named(classes, names[1:], shown)
-        members = list(dict.fromkeys([*first, *others]))
+        # The first may be a new name, but not one of a dataset; of the others each is a class.
+        missing += no_class if _begins_with_a_dataset(names[0]) else []
+        members = tuple(dict.fromkeys([*first, *others]))
         problems += missing
         if not missing and len(members) < 2:
             problem = f"joins {'one class only' if members else 'no class'}"
             problems.append(Problem(shown, problem, f"name two or more of {_listed(classes)}"))
-        twice = sorted(set(members) & set(itertools.chain(*chains.values())), key=str)
+        twice = sorted(set(members) & _joined(chains), key=str)
         problems += [Problem(shown, f"names {member}, as another --same does", "join all in one") for member in twice]
-        chains[_without_dataset(names[0], classes)] = members
+        name = _without_dataset(names[0], classes)
+        if normalise(name) in {normalise(chain.name) for chain in chains}:
+            remedy = "join all in one, or begin it with another name"
+            problems.append(Problem(shown, f"makes a class {name!r}, as another --same does", remedy))
+        chains.append(_Chain(name, members))
     return chains, problems
+
+
+def _joined(chains: Iterable[_Chain]) -> set[SourceClass]:
+    return {member for chain in chains for member in chain.members}
 
 
 def _named(classes: Sequence[SourceClass], names: Iterable[str], shown: str) -> tuple[list[SourceClass], list[Problem]]:
@@ -194,6 +232,11 @@ def _means(name: str, member: SourceClass) -> bool:
     return normalise(name) == normalise(member.name)
 
 
+def _begins_with_a_dataset(name: str) -> bool:
+    dataset, separator, _ = name.partition(":")
+    return bool(separator) and (dataset.isdecimal() or dataset_number(dataset) is not None)
+
+
 def _without_dataset(name: str, classes: Sequence[SourceClass]) -> str:
     dataset, separator, alone = name.partition(":")
     qualified = separator and any(is_dataset(member.dataset, dataset) for member in classes)
@@ -201,7 +244,7 @@ def _without_dataset(name: str, classes: Sequence[SourceClass]) -> str:
 
 
 def _groups(
-    classes: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]], apart: Sequence[SourceClass]
+    classes: Sequence[SourceClass], chains: Sequence[_Chain], apart: Sequence[SourceClass]
 ) -> list[list[SourceClass]]:
     """Return the classes grouped by structure: what is linked by a group of `same` or by the text is one."""
     group_of: dict[SourceClass, list[SourceClass]] = {member: [member] for member in classes}
@@ -209,7 +252,7 @@ def _groups(
     for member in classes:
         if member not in apart:
             by_text.setdefault(member.identity, []).append(member)
-    for linked in (*chains.values(), *by_text.values()):
+    for linked in (*(chain.members for chain in chains), *by_text.values()):
         for member in linked[1:]:
             first, second = group_of[linked[0]], group_of[member]
             if first is not second:
@@ -220,32 +263,33 @@ def _groups(
     return sorted(unique.values(), key=lambda group: order[group[0]])
 
 
-def _joined_within_a_dataset(
-    group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]]
-) -> Iterator[Problem]:
+def _joined_within_a_dataset(group: Sequence[SourceClass], chains: Sequence[_Chain]) -> Iterator[Problem]:
     """Yield a problem where two classes of one dataset became one and nobody said so."""
     for first, second in itertools.combinations(group, 2):
-        said = any(first in chain and second in chain for chain in chains.values())
+        said = any({first, second} <= set(chain.members) for chain in chains)
         if first.dataset == second.dataset and not said:
             remedy = f'say so with --same "{first.name}={second.name}", or keep one out of it with --keep_apart'
             problem = f"has the classes {first.name!r} and {second.name!r}, which are the same structure by their names"
             yield Problem(first.dataset, problem, remedy)
 
 
-def _names(groups: Sequence[Sequence[SourceClass]], chains: Mapping[str, Sequence[SourceClass]]) -> list[str]:
-    """Return a name for each group; groups that would have one name are told apart by text, then by dataset."""
+def _names(groups: Sequence[Sequence[SourceClass]], chains: Sequence[_Chain]) -> list[str]:
+    """Return a name for each group; groups that would have one name are told apart by phrase, then by dataset."""
     names = [_said_name(group, chains) or group[0].name for group in groups]
-    for wording in (lambda member: member.text, lambda member: f"{member.name} ({member.dataset})"):
+    for wording in (
+        lambda member: member.text if member.has_phrase else member.name,
+        lambda member: f"{member.name} ({member.dataset})",
+    ):
         repeated = {name for name in names if names.count(name) > 1 or name in _RESERVED}
         names = [wording(group[0]) if name in repeated else name for name, group in zip(names, groups, strict=True)]
     return names
 
 
-def _said_name(group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]]) -> str | None:
-    return next((name for name, chain in chains.items() if set(chain) & set(group)), None)
+def _said_name(group: Sequence[SourceClass], chains: Sequence[_Chain]) -> str | None:
+    return next((chain.name for chain in chains if set(chain.members) & set(group)), None)
 
 
-def _reason(group: Sequence[SourceClass], chains: Mapping[str, Sequence[SourceClass]]) -> str:
+def _reason(group: Sequence[SourceClass], chains: Sequence[_Chain]) -> str:
     if len(group) == 1:
         return ""
     if _said_name(group, chains) is not None:

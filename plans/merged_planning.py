@@ -7,6 +7,7 @@ patches, spacing and depth of the network would not do for the large ones. To th
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,19 @@ def fingerprint_to_plan_for(dataset: RawDataset, fingerprint: dict[str, Any]) ->
     }
 
 
+def merged_from(dataset_json: Mapping[str, Any]) -> list[str]:
+    """Return the sources by whose names the cases of a merged dataset begin; none of another dataset.
+
+    Args:
+        dataset_json: content of its dataset.json.
+    """
+    merged = dataset_json.get("merged")
+    sources = merged.get("cases") if isinstance(merged, dict) else None
+    return list(sources) if isinstance(sources, dict) else []
+
+
 def _rows(dataset: RawDataset) -> dict[str, list[int]]:
     """Return by source where its cases, which bear its name, are in the fingerprint's lists."""
-    merged = dataset.dataset_json.get("merged")
-    sources = merged.get("cases") if isinstance(merged, dict) else None
-    if not isinstance(sources, dict):
-        return {}
     cases = list(enumerate(dataset.cases))
+    sources = merged_from(dataset.dataset_json)
     return {source: [row for row, case in cases if case.startswith(f"{source}_")] for source in sources}

@@ -9,8 +9,9 @@ from typing import Any
 
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import dataset_number
-from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset
+from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset, missing_channels
 from lgssl_nnunet.plans.merged_classes import MergedClass, SourceClass, classes_of, label_value
+from lgssl_nnunet.plans.merged_planning import merged_from
 from lgssl_nnunet.plans.partial_labels import members_there
 from lgssl_nnunet.problems import Problem
 from lgssl_nnunet.text.prompts import OTHER, modality_of
@@ -44,6 +45,18 @@ class Source:
         value = self.dataset.dataset_json["labels"].get("ignore")
         return None if value is None else label_value(value)
 
+    @property
+    def origins(self) -> list[str]:
+        """By which names its cases begin in the merged dataset: its own, or those of what it was merged from."""
+        return [self.identifier(name) for name in merged_from(self.dataset.dataset_json)] or [self.name]
+
+    def counts(self, origin: str) -> dict[str, int]:
+        """Return the numbers of labelled, unlabelled and test cases from one of the `origins`, or by its own name."""
+        kinds = {"labeled": self.dataset.labeled, "unlabeled": self.dataset.unlabeled, "test": self.test}
+        return {
+            kind: sum(self.identifier(case).startswith(f"{origin}_") for case in cases) for kind, cases in kinds.items()
+        }
+
     def identifier(self, case: str) -> str:
         """Return what a case of this dataset is called in the merged one, whatever else is merged."""
         return f"{self.name}_{case}"
@@ -72,9 +85,11 @@ def load_sources(datasets: Sequence[int | str]) -> tuple[list[Source], list[Prob
     for dataset in datasets:
         try:
             raw = load_raw_dataset(dataset)
-            problems += [replace(problem, file=f"{raw.name}/{problem.file}") for problem in raw.problems]
-            problems += _own_problems(raw)
-            sources.append(Source(raw, _test_cases(raw), tuple(classes_of(raw.name, _without_regions(raw)))))
+            test = _test_cases(raw)
+            of_files = [*raw.problems, *missing_channels(test, raw.dataset_json)]
+            problems += [replace(problem, file=f"{raw.name}/{problem.file}") for problem in of_files]
+            problems += _own_problems(raw, test)
+            sources.append(Source(raw, test, tuple(classes_of(raw.name, _without_regions(raw)))))
         except LGSSLError as error:
             problems.append(error)
     return sources, problems
@@ -130,13 +145,14 @@ def annotated_and_groups(
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return what a dataset contributes to `annotated` and `groups` of the merged dataset.json.
 
-    A dataset without `annotated` is one group, whose classes are annotated. One that has it keeps its groups, and its
-    other cases are a group of their own.
+    Each dataset is a group. The classes of one without `annotated` are annotated there; one that has it keeps its
+    groups, and its other cases are a group of their own: a case may be in one annotated group only.
     """
     groups, annotated = (source.dataset.dataset_json.get(key) or {} for key in ("groups", "annotated"))
     everything = _annotated_by(source, merged, [member.name for member in source.classes])
+    whole = {source.name: [f"{glob.escape(source.name)}_*"]}
     if not annotated:
-        return {source.name: everything}, {source.name: [f"{glob.escape(source.name)}_*"]}
+        return {source.name: everything}, whole
     keys = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
     mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in keys.items()}
     patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]
@@ -144,9 +160,10 @@ def annotated_and_groups(
     named = members_there(patterns, set(cases))
     rest = [case for case in cases if case not in named]
     if any(case in source.dataset.labeled or case in source.test for case in rest):
-        mine[source.name] = everything
-        groups = groups | {"": [glob.escape(case) for case in rest]}
-    return mine, _renamed(source, groups)
+        name = _unused("other", groups)
+        mine[f"{source.name}/{name}"] = everything
+        groups = groups | {name: [glob.escape(case) for case in rest]}
+    return mine, whole | _renamed(source, groups)
 
 
 def annotation_problems(source: Source, merged: Sequence[MergedClass]) -> list[Problem]:
@@ -161,11 +178,13 @@ def annotation_problems(source: Source, merged: Sequence[MergedClass]) -> list[P
 def _renamed(source: Source, groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Return groups as they are in the merged dataset: the dataset's name before those of groups and cases."""
     return {
-        f"{source.name}/{name}" if name else source.name: [
-            f"{glob.escape(source.name)}_{pattern}" for pattern in patterns
-        ]
+        f"{source.name}/{name}": [f"{glob.escape(source.name)}_{pattern}" for pattern in patterns]
         for name, patterns in groups.items()
     }
+
+
+def _unused(name: str, groups: Mapping[str, Any]) -> str:
+    return name if name not in groups else _unused(f"{name}_", groups)
 
 
 def _annotated_by(source: Source, merged: Sequence[MergedClass], names: Sequence[str]) -> list[str]:
@@ -174,7 +193,7 @@ def _annotated_by(source: Source, merged: Sequence[MergedClass], names: Sequence
     return [name for name, members in own.items() if members and set(members) <= set(names)]
 
 
-def _own_problems(raw: RawDataset) -> list[Problem]:
+def _own_problems(raw: RawDataset, test: Mapping[str, Case]) -> list[Problem]:
     labels = raw.dataset_json["labels"]
     regions = [name for name, value in labels.items() if not isinstance(value, int) and len(value) > 1]
     problems = []
@@ -185,6 +204,8 @@ def _own_problems(raw: RawDataset) -> list[Problem]:
         remedy = "convert them, for example to .nii.gz"
         problem = f"{raw.file_ending} images have their spacing in a second file"
         problems.append(Problem(f"{raw.name}/dataset.json", problem, remedy))
+    for name in sorted(set(raw.cases) & set(test)):
+        problems.append(Problem(f"{raw.name}/{name}", "is a training case and a test case", "rename one of the two"))
     return problems
 
 

@@ -4,7 +4,7 @@
     "groups":    {"siteA": ["case_0001", "siteA_*"]}
 
 A key of `annotated` is a case or a group; a case that is named itself needs no group. Everything else is annotated
-completely. Without `annotated`, `groups` means nothing.
+completely. A group that is not in `annotated` says nothing of classes; the evaluation takes it as well.
 """
 
 from __future__ import annotations

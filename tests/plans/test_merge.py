@@ -10,8 +10,11 @@ import SimpleITK as sitk
 
 from lgssl_nnunet.cli import merge_datasets as command
 from lgssl_nnunet.errors import DatasetError, UsageError
+from lgssl_nnunet.evaluation.evaluate import evaluate
+from lgssl_nnunet.evaluation.metrics import NOT_ANNOTATED
 from lgssl_nnunet.locks import FolderBusyError, lock_beside
 from lgssl_nnunet.plans import merge as module
+from lgssl_nnunet.plans.cases import load_raw_dataset
 from lgssl_nnunet.plans.merge import merge_datasets
 
 FIRST = {"background": 0, "liver": 1, "postcava": 2}
@@ -291,6 +294,117 @@ def test_a_label_with_an_unknown_value_is_named_when_the_others_are_done(two, ca
     assert "9 cases are merged already; 1 are to be done." in caplog.text
 
 
+def test_a_labelled_case_whose_image_lies_in_images_un_keeps_its_label(two):
+    first = two[0]
+    first.content["dataset"] = {
+        name: {"images": [f"../{B}/imagesUn/more_00_0000.nii.gz"], "label": f"labelsTr/{label}.nii.gz"}
+        for name, label in (("listed_00", "lab_00"), ("listed_01", "none"))
+    }
+    first.write_json()
+    merged = here([901, 902], 903)
+    assert (merged / "imagesTr" / f"{A}_listed_00_0000.nii.gz").is_file()
+    assert (merged / "labelsTr" / f"{A}_listed_00.nii.gz").resolve() == first.label_file("lab_00").resolve()
+    assert (merged / "imagesUn" / f"{A}_listed_01_0000.nii.gz").is_file()
+    assert not list(merged.glob("*.nii.gz"))
+    assert f"{A}_listed_00" in load_raw_dataset(903).labeled
+    assert description(merged)["numTraining"] == 3
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_test_case_without_one_of_its_channels_is_told_with_the_other_problems(raw_dataset, missing, data_root):
+    first = raw_dataset(2, 0, 0, 2, channels=2, labels=FIRST)
+    second = raw_dataset(2, 0, 0, 1, number=902, channels=2, labels=SECOND)
+    first.image_file("test_00", missing, "imagesTs").unlink()
+    second.image_file("lab_00", 1).unlink()
+    with pytest.raises(DatasetError) as error:
+        here([901, 902], 903)
+    assert str(error.value).startswith("The merge into Dataset903_Merged has 2 problems:")
+    assert f"{A}/imagesTs/test_00_000{missing}.nii.gz: is missing; add this channel or remove the case" in str(
+        error.value
+    )
+    assert not (data_root / "nnUNet_raw" / "Dataset903_Merged").exists()
+
+
+def test_a_training_case_and_a_test_case_of_one_name_are_refused(two):
+    two[0].add("lab_00", labeled=False, folder="imagesTs")
+    with pytest.raises(DatasetError, match=f"{A}/lab_00: is a training case and a test case; rename one of the two"):
+        here([901, 902], 903)
+
+
+def test_a_changed_dataset_json_stays_when_the_merge_is_continued(two, caplog):
+    caplog.set_level("INFO")
+    file = here([901, 902], 903) / "dataset.json"
+    content = json.loads(file.read_text())
+    here([901, 902], 903)
+    assert json.loads(file.read_text()) == content
+    assert "keeps what was changed" not in caplog.text
+    edits = {
+        "labels": {"background": 0, "abdomen": [1, 3], "liver": 1, "postcava": 2, "spleen": 3},
+        "regions_class_order": [3, 1, 2, 3],
+        "prompts": {"liver": "liver of a child"},
+    }
+    edited = {key: entry for key, entry in {**content, **edits}.items() if key != "name"}
+    file.write_text(json.dumps(edited))
+    two[0].add("lab_09")
+    counts = {**content["merged"]["cases"], A: {"labeled": 3, "unlabeled": 2, "test": 1}}
+    for _ in range(2):
+        caplog.clear()
+        here([901, 902], 903)
+        merged = {**content["merged"], "cases": counts}
+        assert json.loads(file.read_text()) == {**edited, "numTraining": 5, "merged": merged}
+        assert "dataset.json keeps what was changed in it since the merge: name, labels, prompts" in caplog.text
+
+
+def test_a_change_of_what_is_to_be_written_anew_is_refused_before_anything_is_written(two, files_below):
+    merged = here([901, 902], 903)
+    file, content = merged / "dataset.json", description(merged)
+    before = files_below(merged.parent)
+    two[0].add("lab_09")
+    for text, error, message in (
+        (json.dumps({**content, "numTraining": 7}), UsageError, r"write anew \(numTraining\); move it away, run the"),
+        ("{", DatasetError, r"dataset.json: the file is not valid JSON"),
+        ("[]", DatasetError, r"dataset.json: holds no JSON object"),
+    ):
+        file.write_text(text)
+        for dry_run in (True, False):
+            with pytest.raises(error, match=message):
+                here([901, 902], 903, dry_run=dry_run)
+        assert file.read_text() == text
+        assert not list(merged.rglob("*lab_09*"))
+    file.rename(file.with_name("mine.json"))
+    assert description(here([901, 902], 903))["numTraining"] == 5
+    assert set(before) < set(files_below(merged.parent))
+
+
+def test_an_end_between_dataset_json_and_its_copy_changes_nothing(two):
+    merged = here([901, 902], 903)
+    copy = merged / "merge" / "dataset.json.written"
+    earlier = copy.read_bytes()
+    two[0].add("lab_09")
+    here([901, 902], 903)
+    content = description(merged)
+    for text in (earlier, None):
+        copy.unlink()
+        if text is not None:
+            copy.write_bytes(text)
+        here([901, 902], 903)
+        assert description(merged) == content
+        assert json.loads(copy.read_text()) == content
+
+
+def test_parts_of_classes_that_datasets_count_to_the_whole_are_told(raw_dataset, caplog, plan_tiny):
+    raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1, "liver tumour": 2})
+    raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "hepar": 1})
+    file = here([901, 902], 903) / "dataset.json"
+    assert f"of other datasets: {B} has 'liver' without 'liver tumour'. Where the labels count" in caplog.text
+    content = json.loads(file.read_text())
+    assert content["annotated"] == {A: ["liver", "liver tumour"], B: ["liver"]}
+    content |= {"labels": {"background": 0, "liver": [1, 2], "liver tumour": 2}, "regions_class_order": [1, 2]}
+    file.write_text(json.dumps(content))
+    plans = json.loads(plan_tiny(903, preprocess=False).read_text())
+    assert plans["lgssl"]["partial_labels"] == {f"{B}_lab_00": ["liver"]}
+
+
 def test_an_ignore_label_stays_the_last_value(raw_dataset):
     first = raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1, "ignore": 2})
     raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "spleen": 1})
@@ -313,15 +427,37 @@ def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
     assert content["annotated"] == {
         f"{A}/site": ["liver"],
         f"{A}_lab_02": ["postcava"],
-        A: ["liver", "postcava"],
+        f"{A}/other_": ["liver", "postcava"],
         B: ["liver", "postcava", "spleen"],
     }
     assert content["groups"] == {
         f"{A}/site": [f"{A}_lab_00", f"{A}_lab_01*"],
         f"{A}/other": [f"{A}_lab_0?"],
-        A: [f"{A}_lab_03", f"{A}_test_00"],
+        f"{A}/other_": [f"{A}_lab_03", f"{A}_test_00"],
+        A: [f"{A}_*"],
         B: [f"{B}_*"],
     }
+
+
+def test_a_dataset_is_a_group_of_all_its_cases_which_are_measured_by_what_each_annotates(raw_dataset, plan_tiny):
+    first = raw_dataset(4, 0, 0, 2, labels=FIRST)
+    first.content["annotated"] = {"site": ["liver"], "test_00": ["postcava"]}
+    first.content["groups"] = {"site": ["lab_00", "lab_01"]}
+    first.write_json()
+    (first.folder / "labelsTs").mkdir()
+    for case in ("test_00", "test_01"):
+        (first.folder / "labelsTs" / f"{case}.nii.gz").write_bytes(first.label_file("lab_00").read_bytes())
+    raw_dataset(2, 0, 0, 0, number=902, labels=SECOND)
+    merged = here([901, 902], 903)
+    references = merged / "labelsTs"
+    results = evaluate(
+        references, references, dataset_json=merged / "dataset.json", group=A, surface_metrics=False, num_processes=0
+    )
+    measured = {(result.case, result.name) for result in results["cases"] if result.status != NOT_ANNOTATED}
+    assert measured == {(f"{A}_test_00", "postcava"), (f"{A}_test_01", "liver"), (f"{A}_test_01", "postcava")}
+    partial = json.loads(plan_tiny(903, preprocess=False).read_text())["lgssl"]["partial_labels"]
+    whole = ["liver", "postcava"]
+    assert partial == {f"{A}_lab_0{n}": classes for n, classes in enumerate([["liver"], ["liver"], whole, whole])}
 
 
 def test_a_class_of_which_a_case_has_a_part_only_is_not_annotated_there(raw_dataset):
@@ -332,7 +468,7 @@ def test_a_class_of_which_a_case_has_a_part_only_is_not_annotated_there(raw_data
     same = [["kidney", "left kidney", "right kidney"]]
     content = description(here([901, 902], 903, same=same))
     assert content["annotated"][f"{A}_lab_00"] == ["liver"]
-    assert content["annotated"][A] == ["kidney", "liver"]
+    assert content["annotated"][f"{A}/other"] == ["kidney", "liver"]
     first.content["annotated"] = {"lab_00": ["left kidney"]}
     first.write_json()
     with pytest.raises(DatasetError, match=f"{A}_lab_00 annotates parts of joined classes only; join other classes"):
@@ -347,6 +483,23 @@ def test_a_merged_dataset_can_be_merged(two, raw_dataset):
     assert content["annotated"][f"{inner}/{B}"] == ["liver", "postcava", "spleen"]
     assert content["groups"][f"{inner}/{A}"] == [f"{inner}_{A}_*"]
     assert inner not in content["annotated"]
+    assert content["groups"][inner] == [f"{inner}_*"]
+
+
+def test_a_merged_dataset_is_planned_for_the_largest_of_what_it_was_merged_from(raw_dataset, plan_tiny, caplog):
+    for number, shape in ((901, (20, 24, 22)), (902, (40, 48, 44)), (904, (20, 24, 22))):
+        writer = raw_dataset(0, 0, 0, 0, number=number, labels=FIRST)
+        for case in ("a", "b", "c")[: 1 if number == 902 else 3]:
+            writer.add(case, shape=shape)
+    inner = here([901, 902], 903).name
+    content = description(here([903, 904], 905))
+    assert content["merged"]["cases"] == {
+        f"{inner}_{A}": {"labeled": 3, "unlabeled": 0, "test": 0},
+        f"{inner}_{B}": {"labeled": 1, "unlabeled": 0, "test": 0},
+        "Dataset904_Tiny": {"labeled": 3, "unlabeled": 0, "test": 0},
+    }
+    plan_tiny(905, preprocess=False)
+    assert f"planned for {inner}_{B}, whose images are the largest" in caplog.text
 
 
 def test_the_classes_are_listed_before_anything_is_written(two, caplog, data_root):

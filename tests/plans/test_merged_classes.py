@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lgssl_nnunet.plans.merged_classes import classes_of, look_alike, merge_classes, merged_prompts
+from lgssl_nnunet.plans.merged_classes import classes_of, look_alike, merge_classes, merged_prompts, parts_left_out
 
 
 def dataset(number, labels, channel="CT", **prompts):
@@ -59,6 +59,34 @@ def test_a_prompt_says_more_than_a_name():
         "kidney": ["502:kidney"],
         "kidney tumour": ["502:tumour"],
     }
+
+
+INSIDE, OUTSIDE = "A hypodense mass inside the liver.", "A mass that grows out of the kidney."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "other"), [(INSIDE, OUTSIDE), (INSIDE, None), ([INSIDE, "It is dark."], [INSIDE, OUTSIDE])]
+)
+def test_sentences_that_differ_keep_classes_of_one_name_apart_and_are_no_names(prompt, other):
+    first = dataset(501, ["tumour"], tumour=prompt)
+    second = dataset(502, ["tumour"], **({} if other is None else {"tumour": other}))
+    merged = merge(first, second)
+    names = ["tumour (Dataset501_D)", "tumour (Dataset502_D)"]
+    assert table(merged) == {names[0]: ["501:tumour"], names[1]: ["502:tumour"]}
+    assert merged_prompts(merged, mixed=False) == {names[0]: prompt, names[1]: other or "tumour"}
+    assert [(a.name, b.name) for a, b in look_alike(merged)] == [tuple(names)]
+    assert list(table(merge(first, second, same=[["tumour", "501:tumour"]]))) == ["tumour"]
+
+
+def test_equal_sentences_are_one_class():
+    merged = merge(dataset(501, ["tumour"], tumour=INSIDE), dataset(502, ["label_1"], label_1=INSIDE.lower()))
+    assert table(merged) == {"tumour": ["501:tumour", "502:label_1"]}
+    assert merged[0].reason == "same words"
+
+
+def test_a_phrase_tells_classes_of_one_name_apart_where_the_other_prompt_is_a_sentence():
+    merged = merge(dataset(501, ["tumour"], tumour=INSIDE), dataset(502, ["tumour"], tumour="kidney tumour"))
+    assert table(merged) == {"tumour": ["501:tumour"], "kidney tumour": ["502:tumour"]}
 
 
 def test_classes_with_one_name_and_no_text_that_differs_get_the_name_of_their_dataset():
@@ -125,6 +153,35 @@ def test_names_that_mean_nothing_or_two_things_are_problems(options, message):
     assert (found == []) if message is None else any(message in problem for problem in found)
 
 
+@pytest.mark.parametrize(
+    ("same", "name"),
+    [
+        ([["kidney", "a", "b"], ["kidney", "c", "e"]], "kidney"),
+        ([["kidney", "a", "b"], ["Kidney", "c", "e"]], "Kidney"),
+        ([["501:x", "502:b"], ["503:x", "504:d"]], "x"),
+    ],
+)
+def test_two_groups_cannot_make_one_class(same, name):
+    sets = (dataset(501, ["a", "c", "x"]), dataset(502, ["b", "e"]), dataset(503, ["x"]), dataset(504, ["d"]))
+    (problem,) = problems_of(*sets, same=same)
+    shown = "=".join(same[1])
+    assert problem == (
+        f"--same {shown}: makes a class {name!r}, as another --same does; join all in one, or begin it with another "
+        "name."
+    )
+
+
+@pytest.mark.parametrize("name", ["504:x", "Dataset504_D:x", "501:x"])
+def test_a_new_name_is_not_that_of_a_dataset(name):
+    (problem,) = problems_of(dataset(501, ["spleen"]), dataset(502, ["milz"]), same=[[name, "spleen", "milz"]])
+    assert f"--same {name}=spleen=milz: no dataset has a class {name!r}; name a class of these: " in problem
+
+
+def test_a_new_name_may_hold_a_colon():
+    merged = merge(dataset(501, ["spleen"]), dataset(502, ["milz"]), same=[["organ: spleen", "spleen", "milz"]])
+    assert list(table(merged)) == ["organ: spleen"]
+
+
 def test_nnunets_own_names_are_no_classes():
     found = problems_of(dataset(501, ["a", "b"]), dataset(502, ["c"]), same=[["ignore", "a", "c"], ["b", "502:c"]])
     assert any("names Dataset502_D 'c' (1), as another --same does" in problem for problem in found)
@@ -164,3 +221,16 @@ def test_pairs_that_look_alike_are_found_where_no_dataset_tells_them_apart():
         ("kidney", "left kidney"),
         ("galbladder", "gallbladder"),
     ]
+
+
+def test_a_class_without_its_part_is_found_where_another_dataset_has_both():
+    both, whole, part = dataset(501, ["liver", "liver tumour"]), dataset(503, ["hepar"]), dataset(504, ["liver tumour"])
+    merged = merge(both, whole, part, dataset(505, ["liver", "liver tumour"]))
+    assert [(name, a.name, b.name) for name, a, b in parts_left_out(merged)] == [
+        ("Dataset503_D", "liver", "liver tumour")
+    ]
+    assert list(look_alike(merged)) == []
+    assert list(parts_left_out(merge(both, part))) == []
+    apart = merge(whole, part)
+    assert list(parts_left_out(apart)) == []
+    assert [(a.name, b.name) for a, b in look_alike(apart)] == [("hepar", "liver tumour")]
