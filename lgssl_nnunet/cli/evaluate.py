@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_processes_argument(parser)
     parser.add_argument(
-        "--report", action="store_true", help="also write lgssl_report.html beside the summary; see lgssl_report"
+        "--report",
+        action="store_true",
+        help="also write lgssl_report.html (of a group lgssl_report_NAME.html) beside the summary; see lgssl_report",
     )
     parser.add_argument(
         "--chill", action="store_true", help="evaluate the cases that are there when predictions are missing"
@@ -107,13 +109,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _write_report(arguments: argparse.Namespace, results: dict[str, Any]) -> Path:
+    from lgssl_nnunet.evaluation.part import name_for_group
     from lgssl_nnunet.evaluation.report.report import REPORT, report
 
     return report(
         arguments.prediction,
         reference=arguments.reference,
         dataset_json=arguments.djfile,
-        output=results["summary_file"].with_name(REPORT),
+        output=results["summary_file"].with_name(name_for_group(REPORT, arguments.group)),
+        group=arguments.group,
         results=results,
         num_processes=arguments.np,
     )
