@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _run(arguments), arguments, use_folders=False)
+    return run_command(lambda: _run(arguments, sys.argv[1:] if argv is None else argv), arguments, use_folders=False)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     from lgssl_nnunet.evaluation.evaluate import evaluate
     from lgssl_nnunet.evaluation.tables import class_table
 
@@ -104,11 +105,11 @@ def _run(arguments: argparse.Namespace) -> None:
     print(class_table(results["classes"], results["tolerance"]))
     written = [results[file] for file in ("summary_file", "cases_file", "classes_file")]
     if arguments.report:
-        written.append(_write_report(arguments, results))
+        written.append(_write_report(arguments, argv, results))
     print(f"\nWritten: {', '.join(map(str, written))}")
 
 
-def _write_report(arguments: argparse.Namespace, results: dict[str, Any]) -> Path:
+def _write_report(arguments: argparse.Namespace, argv: Sequence[str], results: dict[str, Any]) -> Path:
     from lgssl_nnunet.evaluation.part import name_for_group
     from lgssl_nnunet.evaluation.report.report import REPORT, report
 
@@ -119,5 +120,6 @@ def _write_report(arguments: argparse.Namespace, results: dict[str, Any]) -> Pat
         output=results["summary_file"].with_name(name_for_group(REPORT, arguments.group)),
         group=arguments.group,
         results=results,
+        command=["lgssl_evaluate", *argv],
         num_processes=arguments.np,
     )

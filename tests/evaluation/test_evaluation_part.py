@@ -72,6 +72,12 @@ def hold_only(folders, *classes):
         save(prediction / file.name, *(value if name in classes else 0 for name, value in CLASSES.items()))
 
 
+def command_on(file):
+    """Return the command of the report that is named on its page."""
+    code = re.search(r"Command of this report</dt>\s*<dd>\s*<code>(.*?)</code>", file.read_text(encoding="utf-8"))
+    return shlex.split(html.unescape(code[1]))
+
+
 def cells(file):
     """Return the texts in the tables of a report."""
     return [html.unescape(text) for text in re.findall(r"<td[^>]*>([^<]*)</td>", file.read_text(encoding="utf-8"))]
@@ -191,17 +197,20 @@ def test_a_report_of_nothing_that_can_be_measured_names_the_users_folder(folders
 def test_each_group_has_a_report_that_its_command_makes_again(folders):
     reference, prediction = map(str, folders)
     for group in "AB":
-        assert evaluate_command.main([reference, prediction, "--group", group, "--report", "-np", "0"]) == 0
-    pages = {group: folders[1] / f"lgssl_report_{group}.html" for group in "AB"}
-    assert {path.name for path in folders[1].glob("*.html")} == {page.name for page in pages.values()}
+        evaluating = [reference, prediction, "--group", group, "--report", "--tolerance", "3", "-np", "0"]
+        assert evaluate_command.main(evaluating) == 0
+        reporting = [prediction, "-ref", reference, "--group", group, "-np", "0", "-o", f"{prediction}/{group}.html"]
+        assert report_command.main(reporting) == 0
+        assert command_on(folders[1] / f"lgssl_report_{group}.html") == ["lgssl_evaluate", *evaluating]
+    pages = {group: folders[1] / f"{group}.html" for group in "AB"}
     for group, page in pages.items():
         text, before = page.read_text(), cells(page)
         assert {cell for cell in before if re.fullmatch("[AB]_[12]", cell)} == {f"{group}_1", f"{group}_2"}
         assert ("spleen" in before, "kidney" in before) == (group == "A", group == "B")
         assert f"This page is about the cases of the group {group} of dataset.json only" in text
         assert f"group {group}</h1>" in text
+        command = command_on(page)
         page.unlink()
-        command = shlex.split(html.unescape(re.search("<code>(lgssl_report .*)</code>", text)[1]))
         assert report_command.main([*command[1:], "-np", "0"]) == 0
         assert cells(page) == before
 

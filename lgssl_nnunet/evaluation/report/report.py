@@ -47,6 +47,7 @@ def report(
     group: str | None = None,
     niivue: str | Path | None = None,
     results: Mapping[str, Any] | None = None,
+    command: Sequence[str] | None = None,
     num_processes: int = DEFAULT_WORKERS,
     progress: bool = True,
 ) -> Path:
@@ -67,6 +68,7 @@ def report(
             cases.
         niivue: a self-contained build of npm's @niivue/niivue; by default the script in the package ipyniivue.
         results: what `evaluate` returned for these cases; by default it is called.
+        command: the command line that makes this report again; by default that of lgssl_report with these arguments.
         num_processes: worker processes for the metrics; 0 does the work in this process.
         progress: show bars (only on a terminal).
 
@@ -95,7 +97,7 @@ def report(
     sections = _draw_cases(inputs, shown, results, with_viewer=script is not None, progress=show_bars)
     page = Page(
         inputs=inputs,
-        facts=collect_facts(inputs, _command(source, folders, group, cases, num_cases, output, niivue)),
+        facts=collect_facts(inputs, command or _command(source, folders, group, cases, num_cases, output, niivue)),
         charts=charts(inputs.folds, foreground_names(inputs.dataset_json)),
         results=results,
         cases=sections,
