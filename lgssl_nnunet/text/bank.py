@@ -1,8 +1,9 @@
 """The embedding bank: prompts and their vectors in one `.npz`, so that planning needs no text encoder.
 
 Format, all plain arrays that load without pickles: `prompts` (N,) text, `embeddings` (N, T) float16 or float32,
-`encoder` and `sha256` (of the encoder's weights) as single texts. The shipped banks store unit vectors as float16
-(rounded further by `build_bank`); renormalised on loading, their cosine to the exact vectors is above 0.99999.
+`encoder` and `sha256` (of the encoder's weights) as single texts. Prompts that differ in case or punctuation alone are
+one prompt and have one vector. The shipped banks store unit vectors as float16 (rounded further by `build_bank`);
+renormalised on loading, their cosine to the exact vectors is above 0.99999.
 
 Two banks are shipped, with the same prompts: one with the vector of each sentence, one with the mean direction of all
 templates of its modality, which ensembling takes.
