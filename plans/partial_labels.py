@@ -82,17 +82,22 @@ def annotation_problems(dataset_json: Mapping[str, Any], cases: Iterable[str] | 
     if "annotated" not in dataset_json:
         return []
     annotated, groups = dataset_json["annotated"], dataset_json.get("groups", {})
-    problems = [
-        Problem("dataset.json", f"{key!r} is not an object that gives a list of texts for each name", "correct it")
-        for key, entry in (("annotated", annotated), ("groups", groups))
-        if not _is_lists_by_name(entry)
-    ]
+    problems = form_problems({"annotated": annotated, "groups": groups})
     if problems:
         return problems
     names = foreground_classes(dataset_json["labels"])
     for key, classes in annotated.items():
         problems += _class_problems(key, classes, names)
     return problems if cases is None else problems + _case_problems(annotated, groups, set(cases))
+
+
+def form_problems(entries: Mapping[str, Any]) -> list[Problem]:
+    """Return which entries of dataset.json, given by their key, do not list texts by name."""
+    return [
+        Problem("dataset.json", f"{key!r} is not an object that gives a list of texts for each name", "correct it")
+        for key, entry in entries.items()
+        if not _is_lists_by_name(entry)
+    ]
 
 
 def _case_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str]], there: set[str]) -> list[Problem]:
@@ -102,7 +107,7 @@ def _case_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str]]
             problems.append(_problem("annotated", key, "is neither a case nor a group", "correct the name"))
     for name, members in groups.items():
         problems += _group_problems(name, members, there)
-    return problems + _double_problems(annotated, groups, there)
+    return problems + double_problems(annotated, groups, there)
 
 
 def _class_problems(key: str, classes: list[str], names: list[str]) -> list[Problem]:
@@ -129,8 +134,14 @@ def _group_problems(name: str, members: list[str], cases: set[str]) -> list[Prob
     return problems
 
 
-def _double_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str]], cases: set[str]) -> list[Problem]:
-    """Return the cases that two annotated groups claim, unless they are named themselves."""
+def double_problems(annotated: Mapping[str, Any], groups: Mapping[str, list[str]], cases: set[str]) -> list[Problem]:
+    """Return the cases that two annotated groups claim, unless they are named themselves.
+
+    Args:
+        annotated: of dataset.json; it must have none of the `form_problems`.
+        groups: of dataset.json, likewise.
+        cases: identifiers.
+    """
     of: dict[str, list[str]] = {}
     for name in groups:
         if name in annotated:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lgssl_nnunet.errors import UsageError
-from lgssl_nnunet.files import write_atomically
+from lgssl_nnunet.figures import save_png
 from lgssl_nnunet.plans.cases import find_raw_folder, load_dataset_json
 from lgssl_nnunet.text.encoders import EmbeddedText, embed_dataset
 from lgssl_nnunet.text.prompts import prompt_modality, templates
@@ -107,8 +107,7 @@ def prompts(
     )
     _warn_of_similar_classes(overview)
     if output is not None:
-        figure = draw_cosines(overview)
-        write_atomically(output, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+        save_png(draw_cosines(overview), output)
     return overview
 
 
@@ -142,12 +141,13 @@ def draw_cosines(overview: PromptOverview) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     image = axes.imshow(overview.cosines, vmin=min(0, overview.cosines.min()), vmax=1, cmap="viridis")
-    axes.set_xticks(range(count), overview.classes, rotation=60, ha="right", fontsize=FONT_SIZE)
-    axes.set_yticks(range(count), overview.classes, fontsize=FONT_SIZE)
+    as_given = {"fontsize": FONT_SIZE, "parse_math": False}
+    axes.set_xticks(range(count), overview.classes, rotation=60, ha="right", **as_given)
+    axes.set_yticks(range(count), overview.classes, **as_given)
     if count <= MOST_CLASSES_WITH_NUMBERS:
         _write_numbers(axes, overview.cosines)
     _frame_similar(axes, overview)
-    axes.set_title(f"{overview.dataset}, {overview.encoder}", fontsize=FONT_SIZE)
+    axes.set_title(f"{overview.dataset}, {overview.encoder}", **as_given)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label(f"cosine (framed: above {overview.threshold:g})", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lgssl_nnunet.data.batches import SeededBatches, next_batch, start_workers, stop_workers
-from lgssl_nnunet.data.partial_labels import PartialLabel
+from lgssl_nnunet.data.partial_labels import PartialLabel, foreground_classes
 from lgssl_nnunet.data.spatial import interpolate_at_boundaries
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
@@ -340,11 +340,12 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"{next(iter(partial))}), and {cls.__name__} would learn that the others are background: train "
                 "SupervisedTrainer or LGSSLTrainer, or plan with --labeled_list and cases that annotate every class."
             )
-        unknown = sorted({name for classes in partial.values() for name in classes}.difference(dataset_json["labels"]))
+        named = {name for classes in partial.values() for name in classes}
+        unknown = sorted(named.difference(foreground_classes(dataset_json["labels"])))
         if unknown:
             raise PlansError(
-                f"partial_labels of {plans['plans_name']} name {' and '.join(unknown)}, which dataset.json does not: "
-                "plan the dataset again with lgssl_plan_and_preprocess."
+                f"partial_labels of {plans['plans_name']} name {' and '.join(unknown)}, which dataset.json does not "
+                "have as a class: plan the dataset again with lgssl_plan_and_preprocess."
             )
         missing = missing_classes(dataset_json["labels"], partial, fold_cases(plans["lgssl"], fold)[0])
         if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_processes_argument(parser)
     parser.add_argument(
-        "--report", action="store_true", help="also write lgssl_report.html beside the summary; see lgssl_report"
+        "--report",
+        action="store_true",
+        help="also write lgssl_report.html (of a group lgssl_report_NAME.html) beside the summary; see lgssl_report",
     )
     parser.add_argument(
         "--chill", action="store_true", help="evaluate the cases that are there when predictions are missing"
@@ -79,10 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: _run(arguments), arguments, use_folders=False)
+    return run_command(lambda: _run(arguments, sys.argv[1:] if argv is None else argv), arguments, use_folders=False)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     from lgssl_nnunet.evaluation.evaluate import evaluate
     from lgssl_nnunet.evaluation.tables import class_table
 
@@ -102,18 +105,21 @@ def _run(arguments: argparse.Namespace) -> None:
     print(class_table(results["classes"], results["tolerance"]))
     written = [results[file] for file in ("summary_file", "cases_file", "classes_file")]
     if arguments.report:
-        written.append(_write_report(arguments, results))
+        written.append(_write_report(arguments, argv, results))
     print(f"\nWritten: {', '.join(map(str, written))}")
 
 
-def _write_report(arguments: argparse.Namespace, results: dict[str, Any]) -> Path:
+def _write_report(arguments: argparse.Namespace, argv: Sequence[str], results: dict[str, Any]) -> Path:
+    from lgssl_nnunet.evaluation.part import name_for_group
     from lgssl_nnunet.evaluation.report.report import REPORT, report
 
     return report(
         arguments.prediction,
         reference=arguments.reference,
         dataset_json=arguments.djfile,
-        output=results["summary_file"].with_name(REPORT),
+        output=results["summary_file"].with_name(name_for_group(REPORT, arguments.group)),
+        group=arguments.group,
         results=results,
+        command=["lgssl_evaluate", *argv],
         num_processes=arguments.np,
     )

@@ -40,9 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder of images (default: where lgssl_predict read them, else imagesTs, imagesTr or imagesUn)",
     )
-    parser.add_argument("-o", metavar="FILE", help="the report (default: lgssl_report.html in the folder given)")
+    parser.add_argument(
+        "-o",
+        metavar="FILE",
+        help="the report (default: lgssl_report.html in the folder given, of a group lgssl_report_NAME.html)",
+    )
     parser.add_argument("-m", metavar="MODEL_FOLDER", help="the model behind predictions, where no record names it")
     parser.add_argument("-djfile", metavar="FILE", help="dataset.json (default: the one beside predictions or model)")
+    parser.add_argument(
+        "--group",
+        metavar="NAME",
+        help="report the cases of this group of dataset.json, such as one of several merged datasets, by the classes "
+        "that it annotates (default: all cases)",
+    )
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="show these cases instead of the worst and best")
     parser.add_argument(
         "--num_cases",
@@ -79,6 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
         output=arguments.o,
         model_folder=arguments.m,
         dataset_json=arguments.djfile,
+        group=arguments.group,
         niivue=arguments.niivue,
         num_processes=arguments.np,
     )

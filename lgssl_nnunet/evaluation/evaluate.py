@@ -14,17 +14,23 @@ import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from lgssl_nnunet.data.partial_labels import PartialLabel, class_values
+from lgssl_nnunet.data.partial_labels import class_values
 from lgssl_nnunet.errors import DatasetError, PlansError, UsageError, install_extra
 from lgssl_nnunet.evaluation.case import CaseMeasurement, CaseSettings, LabelOrRegion, measure_case
 from lgssl_nnunet.evaluation.evaluation_files import write_results
 from lgssl_nnunet.evaluation.lesions import lesion_class_names
-from lgssl_nnunet.evaluation.part import cases_of_group, classes_of_part, summary_name
+from lgssl_nnunet.evaluation.part import (
+    DESCRIPTION,
+    cases_of_group,
+    classes_of_part,
+    name_for_group,
+    partial_references,
+)
 from lgssl_nnunet.evaluation.surfaces import available_columns, missing_columns
 from lgssl_nnunet.files import parse_json
 from lgssl_nnunet.parallel import CaseFailure, run_cases
 from lgssl_nnunet.plans.cases import find_reader
-from lgssl_nnunet.plans.partial_labels import annotated_classes, annotation_problems
+from lgssl_nnunet.plans.partial_labels import annotation_problems
 from lgssl_nnunet.problems import raise_if_any
 
 logger = logging.getLogger(__name__)
@@ -81,10 +87,11 @@ def evaluate(
         DatasetError: missing folders, predictions or references (all named), segmentations that are damaged or do
             not match, or a dataset.json that says something impossible of what is annotated.
         PlansError: dataset.json or plans.json is missing or unreadable.
-        UsageError: a tolerance that is no length, or lesion classes or a group that dataset.json does not have.
+        UsageError: a tolerance that is no length, lesion classes or a group that dataset.json does not have, or
+            predictions without any class that the references annotate.
     """
     reference, prediction = Path(reference).expanduser(), Path(prediction).expanduser()
-    summary_file = Path(output).expanduser() if output else prediction / summary_name(group)
+    summary_file = Path(output).expanduser() if output else prediction / name_for_group("summary.json", group)
     if summary_file.suffix != ".json":
         raise DatasetError(f"-o {summary_file}: the summary is JSON; give a file that ends in .json.")
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -93,7 +100,7 @@ def evaluate(
     dataset = _read_description(dataset_json, prediction, "dataset.json", "-djfile")
     labels = _label_manager(plans, dataset, prediction)
     # The folder need not hold every case that dataset.json names.
-    raise_if_any(annotation_problems(dataset), "The dataset.json of the predictions")
+    raise_if_any(annotation_problems(dataset), DESCRIPTION)
     belongs = cases_of_group(dataset, group)
     names = classes_of_part(_class_names(labels), dataset, group, prediction)
     lesions = _lesion_classes(lesion_classes, list(names.values()))
@@ -103,7 +110,7 @@ def evaluate(
     settings = CaseSettings(find_reader(dataset, reference / files[0]), labels, names, columns, tolerance, lesions)
     if surface_metrics:
         _tell_missing_columns()
-    partial = _partial_labels(dataset, [name.removesuffix(ending) for name in files])
+    partial = partial_references(dataset, [name.removesuffix(ending) for name in files], names, prediction)
     tasks = {
         name: (case := name.removesuffix(ending), reference / name, prediction / name, settings, partial.get(case))
         for name in files
@@ -113,14 +120,6 @@ def evaluate(
     _raise_failures({name: result for name, result in measured.items() if isinstance(result, CaseFailure)})
     _tell_geometry({name: measured[name] for name in files}, bool(columns))
     return write_results([measured[name] for name in files], settings, summary_file)
-
-
-def _partial_labels(dataset: Mapping[str, Any], cases: Sequence[str]) -> dict[str, PartialLabel]:
-    """Return how the references of those cases are read that annotate only some of the classes."""
-    partial = annotated_classes(dataset, cases)
-    if partial:
-        logger.info("%d reference(s) annotate only some of the classes; the others are left out there.", len(partial))
-    return {case: PartialLabel.of(dataset["labels"], classes) for case, classes in partial.items()}
 
 
 def _lesion_classes(asked: Sequence[str] | None, names: Sequence[str]) -> frozenset[str]:

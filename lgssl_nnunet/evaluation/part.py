@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.dataset_conversion.volumes import clean_identifier
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.evaluation.case import LabelOrRegion
 from lgssl_nnunet.files import read_json_if_valid
-from lgssl_nnunet.plans.partial_labels import members_there
+from lgssl_nnunet.plans.partial_labels import annotated_classes, double_problems, form_problems, members_there
+from lgssl_nnunet.problems import raise_if_any
 
 logger = logging.getLogger(__name__)
+
+DESCRIPTION = "The dataset.json of the predictions"
 
 
 def cases_of_group(dataset: Mapping[str, Any], group: str | None) -> Callable[[str], bool]:
@@ -24,11 +28,13 @@ def cases_of_group(dataset: Mapping[str, Any], group: str | None) -> Callable[[s
         group: name of the group.
 
     Raises:
+        DatasetError: the groups are not as they must be.
         UsageError: there is no such group.
     """
     if group is None:
         return lambda case: True
     groups = dataset.get("groups") or {}
+    raise_if_any(form_problems({"groups": groups}), DESCRIPTION)
     if group not in groups:
         there = f"it has {', '.join(groups)}" if groups else "it has none; name the raw dataset's with -djfile"
         raise UsageError(f"--group {group}: dataset.json has no such group; {there}.")
@@ -66,6 +72,39 @@ def classes_of_part(
     return left
 
 
-def summary_name(group: str | None) -> str:
-    """Return the name of the summary, one for each group."""
-    return "summary.json" if group is None else f"summary_{clean_identifier(group)}.json"
+def partial_references(
+    dataset: Mapping[str, Any], cases: Collection[str], names: Mapping[LabelOrRegion, str], prediction: Path
+) -> dict[str, PartialLabel]:
+    """Return how the references of those cases are read that annotate only some of the classes.
+
+    Args:
+        dataset: content of dataset.json.
+        cases: the evaluated cases.
+        names: the classes to measure.
+        prediction: folder with the predictions.
+
+    Raises:
+        DatasetError: a case is in two annotated groups.
+        UsageError: no case annotates any of the classes.
+    """
+    if "annotated" in dataset:
+        raise_if_any(double_problems(dataset["annotated"], dataset.get("groups", {}), set(cases)), DESCRIPTION)
+    annotated = annotated_classes(dataset, cases)
+    partial = {case: PartialLabel.of(dataset["labels"], classes) for case, classes in annotated.items()}
+    if len(partial) == len(cases) and all(label.hides(key) for label in partial.values() for key in names):
+        found = [name for name in dataset["labels"] if any(name in classes for classes in annotated.values())]
+        raise UsageError(
+            f"{prediction}: nothing can be measured, because only {', '.join(names.values())} would be compared and "
+            f"the references annotate {', '.join(found)}; predict those classes, or correct 'annotated'."
+        )
+    if partial:
+        logger.info("%d reference(s) annotate only some of the classes; the others are left out there.", len(partial))
+    return partial
+
+
+def name_for_group(file_name: str, group: str | None) -> str:
+    """Return the name of a file of which each group has its own."""
+    if group is None:
+        return file_name
+    stem, _, suffix = file_name.rpartition(".")
+    return f"{stem}_{clean_identifier(group)}.{suffix}"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lgssl_nnunet.errors import UsageError
+from lgssl_nnunet.figures import save_png
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, processes
 from lgssl_nnunet.inference.selection_overlay import draw_selection
 
@@ -106,8 +107,7 @@ class SelectionMapPredictor(LGSSLPredictor):
         file.parent.mkdir()
         write_map(selection, properties, file)
         image, _ = self.plans_manager.image_reader_writer_class().read_images([str(case.files[0])])
-        figure = draw_selection(image[0], selection, properties, case.name, self._is_ct())
-        figure.savefig(picture, format="png")
+        save_png(draw_selection(image[0], selection, properties, case.name, self._is_ct()), picture)
 
     def _on_image_grid(self, selection: np.ndarray, properties: dict) -> np.ndarray:
         """Return a map (1, X, Y, Z) of the preprocessed image as (Z, Y, X) of the image as read; 0 outside the crop."""

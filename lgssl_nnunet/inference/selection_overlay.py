@@ -70,7 +70,8 @@ def draw_selection(image: np.ndarray, selection: np.ndarray, properties: dict, c
     bar = figure.colorbar(heat, ax=axes, shrink=0.7)
     bar.set_label("selection (0: held back, 1: passes)", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)
-    figure.suptitle(f"{case}: selection map, {kept.min():.2f} to {kept.max():.2f}", fontsize=FONT_SIZE)
+    title = f"{case}: selection map, {kept.min():.2f} to {kept.max():.2f}"
+    figure.suptitle(title, fontsize=FONT_SIZE, parse_math=False)
     return figure
 
 

@@ -1,8 +1,9 @@
 """The embedding bank: prompts and their vectors in one `.npz`, so that planning needs no text encoder.
 
 Format, all plain arrays that load without pickles: `prompts` (N,) text, `embeddings` (N, T) float16 or float32,
-`encoder` and `sha256` (of the encoder's weights) as single texts. The shipped banks store unit vectors as float16
-(rounded further by `build_bank`); renormalised on loading, their cosine to the exact vectors is above 0.99999.
+`encoder` and `sha256` (of the encoder's weights) as single texts. Prompts that differ in case or punctuation alone are
+one prompt and have one vector. The shipped banks store unit vectors as float16 (rounded further by `build_bank`);
+renormalised on loading, their cosine to the exact vectors is above 0.99999.
 
 Two banks are shipped, with the same prompts: one with the vector of each sentence, one with the mean direction of all
 templates of its modality, which ensembling takes.
@@ -29,6 +30,7 @@ STRUCTURES_FILE = BANK_FOLDER / "structures.json"
 
 _MAX_BYTES = 1 << 30
 _ARRAYS = ("prompts", "embeddings", "encoder", "sha256")
+_SAME_VECTOR = 0.9999  # cosine; roundings of one vector lie above it
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class EmbeddingBank:
             The bank with renormalised float32 vectors.
 
         Raises:
-            PromptError: The file is missing, damaged or not a bank.
+            PromptError: The file is missing, damaged or not a bank, or has two vectors for one prompt.
         """
         path = Path(path)
         arrays = _read_arrays(path)
@@ -90,12 +92,14 @@ class EmbeddingBank:
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not (norms > 0).all():
             raise PromptError(f"Bank {path} holds embeddings that are not finite or are all zero: make it again.")
-        return cls(
+        bank = cls(
             tuple(str(prompt) for prompt in prompts),
             (vectors / norms).astype(np.float32),
             str(arrays["encoder"]),
             str(arrays["sha256"]),
         )
+        _require_one_vector_each(path, bank)
+        return bank
 
     def save(self, path: str | Path, dtype: type[np.floating] = np.float16) -> None:
         """Write the bank; the same content gives the same bytes."""
@@ -197,6 +201,16 @@ def _side_variants(key: str) -> list[str]:
 def without_article(phrase: str) -> str:
     """Return a phrase without the article that it begins with."""
     return re.sub(r"^(a|an|the)\s+", "", phrase, flags=re.IGNORECASE)
+
+
+def _require_one_vector_each(path: Path, bank: EmbeddingBank) -> None:
+    for row, prompt in enumerate(bank.prompts):
+        other = bank._rows[normalise(prompt)]
+        if bank.embeddings[row] @ bank.embeddings[other] < _SAME_VECTOR:
+            raise PromptError(
+                f"Bank {path} has two different vectors for {prompt!r} and {bank.prompts[other]!r}, which are one "
+                "prompt because case, underscores, hyphens and punctuation do not matter: keep one of the two."
+            )
 
 
 def _array(content: np.lib.npyio.NpzFile, name: str) -> np.ndarray:

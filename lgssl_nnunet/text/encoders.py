@@ -172,7 +172,7 @@ def embed_prompts(prompts: Sequence[Prompt], encoder: str = "bank") -> PromptEmb
     if encoder == "bank":
         found = _embed_with_shipped_banks(texts)
     elif encoder.startswith("file:"):
-        found = _embed_with_bank_file(texts, Path(encoder.removeprefix("file:")))
+        found = _embed_with_bank_file(texts, Path(encoder.removeprefix("file:")).expanduser())
     else:
         found = _embed_with_encoder(texts, load_encoder(encoder))
     return _per_class(prompts, found)
@@ -236,7 +236,7 @@ def load_encoder(encoder: str) -> TextEncoder:
     if encoder == "minilm":
         return _load_minilm()
     if encoder.startswith("hf:"):
-        folder = Path(encoder.removeprefix("hf:"))
+        folder = Path(encoder.removeprefix("hf:")).expanduser()
         return _load_hf_folder(folder, f"hf:{folder.name}")
     from lgssl_nnunet.text.open_clip_models import load_open_clip
 
@@ -424,6 +424,8 @@ def _load_hf_folder(folder: Path, name: str) -> TextEncoder:
     with offline():
         try:
             model, tokenizer = _open_hf_folder(folder)
+        except PromptError:
+            raise
         except Exception as error:  # transformers and its file readers raise many kinds
             raise PromptError(
                 f"The text model in {folder} cannot be loaded ({first_line(error)}): download it again."
@@ -442,12 +444,20 @@ def _load_hf_folder(folder: Path, name: str) -> TextEncoder:
 
 
 def _open_hf_folder(folder: Path) -> tuple[Any, Any]:
+    from open_clip.hf_configs import arch_dict
     from open_clip.hf_model import HFTextEncoder
     from open_clip.tokenizer import HFTokenizer
+    from transformers import AutoConfig
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = HFTextEncoder(str(folder), output_dim=config["hidden_size"], pooler_type=_pooler(folder)).float().eval()
-    context = min(_MAX_TOKENS, config.get("max_position_embeddings", _MAX_TOKENS))
+    config = AutoConfig.from_pretrained(str(folder))
+    if config.model_type not in arch_dict:
+        raise PromptError(
+            f"The text model in {folder} is a {config.model_type}, which open_clip cannot open: choose one of the "
+            f"architectures {', '.join(sorted(arch_dict))}."
+        )
+    width = getattr(config, arch_dict[config.model_type]["config_names"]["width"])
+    model = HFTextEncoder(str(folder), output_dim=width, pooler_type=_pooler(folder)).float().eval()
+    context = min(_MAX_TOKENS, getattr(config, "max_position_embeddings", _MAX_TOKENS))
     return model, HFTokenizer(str(folder), context_length=context)
 
 

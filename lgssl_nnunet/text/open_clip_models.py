@@ -98,14 +98,14 @@ def _find_on_hub(name: str) -> _Source:
 
 
 def _find_in_folder(name: str) -> _Source:
-    folder = Path(name.removeprefix(_LOCAL))
+    folder = Path(name.removeprefix(_LOCAL)).expanduser()
     weights = [path for suffix in _LOCAL_SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))]
     if not (folder / _CONFIG).is_file() or len(weights) != 1:
         raise PromptError(
             f"Folder {folder} holds no open_clip model: it must have {_CONFIG} and one weights file "
             f"({', '.join(_LOCAL_SUFFIXES)}); for a text model use hf:FOLDER."
         )
-    return _Source(name, None, weights[0], _text_config(folder / _CONFIG))
+    return _Source(f"{_LOCAL}{folder}", None, weights[0], _text_config(folder / _CONFIG))
 
 
 def _find_by_tag(name: str) -> _Source:
@@ -120,8 +120,9 @@ def _find_by_tag(name: str) -> _Source:
             f"local-dir:FOLDER or MODEL/PRETRAINED of open_clip{' (near: ' + ', '.join(near) + ')' if near else ''}."
         )
     text_config = open_clip.get_model_config(model)["text_cfg"]
-    if Path(pretrained).is_file():
-        return _Source(model, pretrained, Path(pretrained), text_config)
+    file = Path(pretrained).expanduser()
+    if file.is_file():
+        return _Source(model, str(file), file, text_config)
     return _Source(model, pretrained, _tagged_weights(name, model, pretrained), text_config)
 
 

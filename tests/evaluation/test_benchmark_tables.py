@@ -11,6 +11,7 @@ import pytest
 
 from lgssl_nnunet.cli import benchmark as command
 from lgssl_nnunet.evaluation.benchmark.benchmark import BenchmarkResult
+from lgssl_nnunet.evaluation.benchmark.plots import box_plots, dice_over_budget
 from lgssl_nnunet.evaluation.benchmark.records import CellStore
 from lgssl_nnunet.evaluation.benchmark.results import load_results
 from lgssl_nnunet.evaluation.benchmark.tables import markdown, p_value, spread
@@ -135,6 +136,15 @@ def test_pictures_are_drawn_for_the_budgets_and_for_each_budget(folder):
     name = "Dataset901_Phantom_3d_fullres_LGSSLPlannerCPU_i10"
     assert [file.name for file in files] == [f"dice_over_budget_{name}.png", f"dice_per_class_{name}_labeled4.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_stand(tmp_path):
+    formula = r"liver $\foo$ $x_{$"
+    columns = ("dataset", "method", "budget", "labeled", "seed", "class", "case", "dice")
+    rows = [("D", formula, str(size), size, 0, formula, case, 0.5) for size in (2, 4) for case in "ab"]
+    cases = pd.DataFrame(rows, columns=columns)
+    for figure in (dice_over_budget(cases, formula), box_plots(cases, formula)):
+        figure.savefig(tmp_path / "plot.png")
 
 
 def test_a_damaged_cell_is_in_no_table(folder, fakes):

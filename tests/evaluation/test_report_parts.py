@@ -245,6 +245,13 @@ def test_a_drawing_takes_the_page_s_colour_and_size_and_shares_no_ids():
     assert "http" not in first.replace("http://www.w3.org", "")
 
 
+def test_names_that_look_like_formulas_or_that_a_font_lacks_are_drawn_as_they_stand(recwarn):
+    names = (r"$\foo$", "liver $x$_{ $", "肝臓")
+    drawing = draw(Chart("Pseudo Dice on patches", {name: ((0.0, 0.5), (1.0, 0.6)) for name in names}))
+    assert all(name in drawing for name in names)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]  # the reader's browser has its own
+
+
 def test_tables_take_any_columns_and_drop_those_that_were_measured_nowhere():
     @dataclass(frozen=True)
     class Result:

@@ -10,7 +10,7 @@ from importlib.metadata import distribution
 
 import pytest
 
-FOUNDATION = {"errors", "paths", "files", "locks", "problems", "parallel", "workers", "signals"}
+FOUNDATION = {"errors", "paths", "files", "figures", "locks", "problems", "parallel", "workers", "signals"}
 PARTS = {"data", "losses", "networks", "text", "engine"}
 COMMAND_LEVEL = {"training", "demo", "cli", "nnunet_plugin"}
 FORBIDDEN = {

@@ -410,6 +410,13 @@ def test_a_picture_does_not_depend_on_how_the_voxels_are_stored(tmp_path, reader
     assert [len(panel[1]) for panel in overlays[:3]] == [2, 2, 2]
 
 
+def test_a_case_whose_name_looks_like_a_formula_is_drawn(tmp_path):
+    image = np.random.default_rng(0).uniform(size=(4, 4, 4))
+    properties = {"spacing": [1, 1, 1], "sitk_stuff": {"spacing": (1, 1, 1), "direction": np.eye(3).ravel()}}
+    draw_selection(image, image, properties, r"case $\foo$", is_ct=False).savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").is_file()
+
+
 def test_colours_stand_for_the_same_values_in_every_picture():
     image = np.random.default_rng(0).uniform(-1000, 1000, (4, 4, 4))
     properties = {"spacing": [1, 1, 1], "sitk_stuff": {"spacing": (1, 1, 1), "direction": np.eye(3).ravel()}}

@@ -162,3 +162,21 @@ def test_bank_needs_neither_torch_nor_nnunet(describe):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_stand(describe, tmp_path):
+    names = {"liver $x$_{ $": "liver", r"$\foo$": "spleen"}
+    describe({"background": 0, **{name: value for value, name in enumerate(names, 1)}}, prompts=names)
+    overview = prompts(901, output=tmp_path / "cosines.png")
+    axes, _ = draw_cosines(overview).axes
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels(), [axes.title]):
+        assert not any(label.get_parse_math() for label in labels)
+
+
+def test_characters_that_the_font_lacks_are_told_in_one_sentence(describe, tmp_path, caplog, recwarn):
+    describe({"background": 0, "肝臓": 1, "脾臓": 2}, prompts={"肝臓": "liver", "脾臓": "spleen"})
+    prompts(901, output=tmp_path / "cosines.png")
+    (told,) = [record.getMessage() for record in caplog.records if "font" in record.getMessage()]
+    assert told.startswith("cosines.png: ")
+    assert all(character in told for character in "肝臓脾")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -230,3 +230,13 @@ def test_a_member_that_is_no_array_is_refused(tmp_path):
         archive.writestr("embeddings.npy", b"no array")
     with pytest.raises(PromptError, match="embeddings is no array"):
         EmbeddingBank.load(tmp_path / "bank.npz")
+
+
+def test_two_vectors_of_one_prompt_are_refused_and_equal_ones_are_not(tmp_path):
+    path = tmp_path / "bank.npz"
+    twice = {"prompts": ("Left_Atrium", "spleen", "left atrium."), "embeddings": np.eye(3)}
+    tiny_bank(**twice).save(path)
+    with pytest.raises(PromptError, match=rf"{re.escape(str(path))}.*'Left_Atrium'.*'left atrium\.'"):
+        EmbeddingBank.load(path)
+    tiny_bank(**twice | {"embeddings": np.eye(3)[[0, 1, 0]]}).save(path)
+    assert len(EmbeddingBank.load(path).prompts) == 3

@@ -278,24 +278,31 @@ def test_vector_does_not_depend_on_the_other_sentences():
     np.testing.assert_array_equal(encoder.encode([short])[0], both[0])
 
 
-@needs_transformers
-def test_text_model_in_a_local_folder_is_used(tmp_path):
+def write_tiny_text_model(folder, kind, **changes):
+    """Write a text model with random weights, of one of the classes of transformers."""
     import transformers
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "liver", "spleen", "of", "tomography", "computerized"]
-    folder = tmp_path / "TinyBERT"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=32,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(words), **changes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+
+
+TINY_BERT = {
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 32,
+}
+
+
+@needs_transformers
+def test_text_model_in_a_local_folder_is_used(tmp_path):
+    folder = tmp_path / "TinyBERT"
+    write_tiny_text_model(folder, "Bert", **TINY_BERT)
     found = embed_prompts(prompts_of("liver", "spleen"), f"hf:{folder}")
     assert found.encoder == "hf:TinyBERT"
     assert found.embeddings.shape == (2, 8)
@@ -303,6 +310,21 @@ def test_text_model_in_a_local_folder_is_used(tmp_path):
     (folder / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(PromptError, match="cannot be loaded"):
         embed_prompts(prompts_of("liver"), f"hf:{folder}")
+
+
+@needs_transformers
+def test_text_model_that_names_its_width_otherwise_is_used(tmp_path):
+    layers = {"num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    write_tiny_text_model(tmp_path / "TinyMT5", "MT5", d_model=8, d_kv=4, d_ff=8, **layers)
+    assert embed_prompts(prompts_of("liver", "spleen"), f"hf:{tmp_path / 'TinyMT5'}").embeddings.shape == (2, 8)
+
+
+@needs_transformers
+def test_text_model_of_an_architecture_that_open_clip_does_not_know_is_refused_with_those_it_knows(tmp_path):
+    write_tiny_text_model(tmp_path / "Tiny", "DistilBert", dim=8, n_layers=1, n_heads=2, hidden_dim=8)
+    with pytest.raises(PromptError, match=r"Tiny is a distilbert, .*bert, .*xlm-roberta") as refused:
+        load_encoder(f"hf:{tmp_path / 'Tiny'}")
+    assert "download" not in str(refused.value)
 
 
 def test_bank_texts_hold_every_modality_and_on_request_every_template():
@@ -374,3 +396,28 @@ def test_encoder_that_is_not_on_this_machine_is_refused_with_what_to_do(monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(PromptError, match=message):
         embed_prompts(prompts_of("liver"), encoder)
+
+
+def test_a_folder_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    EmbeddingBank(("liver",), np.eye(1, 3), "x", "y").save(tmp_path / "bank.npz")
+    assert embed_prompts(prompts_of("liver"), "file:~/bank.npz").encoder == "file:bank.npz (x)"
+    write_tiny_clip(tmp_path / "TinyCLIP")
+    assert load_encoder("local-dir:~/TinyCLIP").name == "local-dir:TinyCLIP"
+
+
+@needs_transformers
+def test_a_text_model_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tiny_text_model(tmp_path / "TinyBERT", "Bert", **TINY_BERT)
+    assert load_encoder("hf:~/TinyBERT").name == "hf:TinyBERT"
+
+
+def test_a_weights_file_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    import torch
+
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"tiny": TINY_CLIP})
+    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), tmp_path / "weights.pt")
+    assert load_encoder("tiny/~/weights.pt").name == "tiny/weights.pt"

@@ -124,6 +124,7 @@ WRONG_PLANS = {
     "one twin": (put("lgssl", "twins", value=[["a"]]), "twins in lgssl is not as planning writes"),
     "classes as text": (put("lgssl", "partial_labels", value={"a": "liver"}), "partial_labels in lgssl is not as"),
     "unknown class": (put("lgssl", "partial_labels", value={"a": ["heart"]}), "heart, which dataset.json does not"),
+    "background": (put("lgssl", "partial_labels", value={"a": ["background", "liver"]}), "name background, which"),
     "slices as a list": (put("lgssl", "sparse_annotation", value={"slices": []}), "sparse_annotation in lgssl is not"),
     "a layer that is a function": (put(*LAYERS, "norm_op", value="os.abort"), "builds its network from os.abort"),
     "a kernel of text": (put(*LAYERS, "kernel_sizes", value="abc"), "makes no network for 3d_fullres"),

@@ -12,7 +12,7 @@ import pandas as pd
 from lgssl_nnunet.evaluation.benchmark.comparison import over_seeds
 from lgssl_nnunet.evaluation.benchmark.grid import ALL
 from lgssl_nnunet.evaluation.benchmark.results import Results
-from lgssl_nnunet.files import write_atomically
+from lgssl_nnunet.figures import save_png
 from lgssl_nnunet.inference.models import BASELINE
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ def dice_over_budget(cases: pd.DataFrame, title: str) -> Figure:
     axes.minorticks_off()
     axes.set_xlabel("labelled cases", fontsize=FONT_SIZE)
     axes.set_ylabel("Dice [%], mean over classes", fontsize=FONT_SIZE)
-    axes.set_title(title, fontsize=FONT_SIZE)
+    axes.set_title(title, fontsize=FONT_SIZE, parse_math=False)
     axes.tick_params(labelsize=FONT_SIZE)
-    axes.legend(fontsize=FONT_SIZE - 2)
+    for name in axes.legend(fontsize=FONT_SIZE - 2).get_texts():
+        name.set_parse_math(False)
     return figure
 
 
@@ -90,11 +91,12 @@ def box_plots(cases: pd.DataFrame, title: str) -> Figure:
     for axes, name in zip(figure.subplots(1, len(classes), squeeze=False, sharey=True)[0], classes, strict=True):
         values = [100 * per_case[method][name].dropna().to_numpy() for method in methods]
         axes.boxplot(values)
-        axes.set_xticks(range(1, len(methods) + 1), methods, rotation=60, ha="right", fontsize=FONT_SIZE - 2)
-        axes.set_title(name, fontsize=FONT_SIZE)
+        small = {"fontsize": FONT_SIZE - 2, "parse_math": False}
+        axes.set_xticks(range(1, len(methods) + 1), methods, rotation=60, ha="right", **small)
+        axes.set_title(name, fontsize=FONT_SIZE, parse_math=False)
         axes.tick_params(axis="y", labelsize=FONT_SIZE)
     figure.axes[0].set_ylabel("Dice [%]", fontsize=FONT_SIZE)
-    figure.suptitle(title, fontsize=FONT_SIZE)
+    figure.suptitle(title, fontsize=FONT_SIZE, parse_math=False)
     return figure
 
 
@@ -113,7 +115,7 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, file: Path) -> Path:
-    write_atomically(file, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    save_png(figure, file)
     return file
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from lgssl_nnunet.figures import MISSING_GLYPH
 
 TERMS_FILE = "lgssl_terms.csv"
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6b6b6b")
@@ -148,7 +151,8 @@ def draw(chart: Chart) -> str:
     """Return a chart as inline SVG that takes its text colour from the page."""
     settings = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9, "text.color": _INK}
     settings |= dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
-    with matplotlib.rc_context(settings):
+    settings |= {"text.parse_math": False}  # names of classes stand as they were given
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
         axis = figure.subplots()
         for position, (label, points) in enumerate(chart.lines.items()):
@@ -163,6 +167,7 @@ def draw(chart: Chart) -> str:
             axis.legend(frameon=False, fontsize=8)
         stream = io.StringIO()
         figure.set_canvas(FigureCanvasSVG(figure))
+        warnings.filterwarnings("ignore", MISSING_GLYPH)  # the text stays text, which the reader's browser draws
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(stream.getvalue())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Fact:
     details: str = ""
 
 
-def collect_facts(inputs: ReportInputs, command: list[str]) -> list[Fact]:
+def collect_facts(inputs: ReportInputs, command: Sequence[str]) -> list[Fact]:
     """Return what is known about model, budget, prediction and versions; what is unknown is left out.
 
     Folders of this machine are named by their last part only, because reports are handed on.
@@ -133,7 +133,7 @@ def _versions(record: Mapping[str, Any]) -> list[Fact]:
     return [Fact("Versions, prediction", _pairs(predicted)), Fact("Versions, report", _pairs(here))]
 
 
-def _commands(inputs: ReportInputs, model: Mapping[str, str], command: list[str]) -> list[Fact]:
+def _commands(inputs: ReportInputs, model: Mapping[str, str], command: Sequence[str]) -> list[Fact]:
     facts = []
     number = dataset_number(inputs.dataset)
     if number is not None and all(model.get(name) for name in _NAMES_IN_FOLDER):

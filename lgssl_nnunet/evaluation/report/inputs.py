@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from lgssl_nnunet.errors import DatasetError, UsageError
+from lgssl_nnunet.evaluation.part import cases_of_group
 from lgssl_nnunet.files import read_json, read_json_if_valid
 from lgssl_nnunet.paths import data_folders, dataset_number
 
@@ -51,6 +52,7 @@ class ReportInputs:
         reference_folder: folder of the references, None without any.
         cases: the cases that have a prediction.
         without_prediction: cases that have a reference only.
+        group: the group of dataset.json that the cases belong to; None for all cases.
     """
 
     source: Path
@@ -63,6 +65,7 @@ class ReportInputs:
     reference_folder: Path | None
     cases: tuple[ReportCase, ...]
     without_prediction: tuple[str, ...]
+    group: str | None
 
     @property
     def folds(self) -> tuple[Path, ...]:
@@ -84,6 +87,11 @@ class ReportInputs:
         )
 
     @property
+    def written_classes(self) -> list[str] | None:
+        """The classes that the predictions hold, None for all."""
+        return self.prediction_record.get("settings", {}).get("classes")
+
+    @property
     def measured(self) -> tuple[ReportCase, ...]:
         """The cases that have a reference."""
         return tuple(case for case in self.cases if case.reference)
@@ -96,6 +104,7 @@ def find_inputs(
     images: Path | None = None,
     model_folder: Path | None = None,
     dataset_json: Path | None = None,
+    group: str | None = None,
 ) -> ReportInputs:
     """Find the files of a report from a model folder or a folder of predictions.
 
@@ -103,7 +112,7 @@ def find_inputs(
 
     Raises:
         DatasetError: a folder is missing, or nothing in it can be reported.
-        UsageError: a model folder is given twice.
+        UsageError: a model folder is given twice, or dataset.json has no such group.
     """
     _require_folders(source, reference, images, model_folder)
     is_model = any(folder.is_dir() for folder in source.glob("fold_*"))
@@ -115,10 +124,13 @@ def find_inputs(
     plans = _first_json("plans.json", source, model)
     dataset = _dataset_name(plans, prediction_record, model, reference, images)
     ending = description["file_ending"]
-    predictions = _predictions(source, is_model, ending)
+    belongs = cases_of_group(description, group)
+    predictions = {name: file for name, file in _predictions(source, is_model, ending).items() if belongs(name)}
+    if group is not None and not predictions:
+        raise DatasetError(f"{source} holds no prediction of a case of group {group}; predict them, or name another.")
     reference_folder = reference or _best(_reference_folders(dataset, is_model), predictions, ending)
     image_folder = images or _best(_image_folders(dataset, source), predictions, f"_0000{ending}")
-    references = _files(reference_folder, ending)
+    references = {name: file for name, file in _files(reference_folder, ending).items() if belongs(name)}
     _require_matches("-ref", reference, predictions, references)
     found_images = _files(image_folder, f"_0000{ending}")
     _require_matches("-i", images, predictions, found_images)
@@ -137,6 +149,7 @@ def find_inputs(
         reference_folder=reference_folder,
         cases=tuple(cases),
         without_prediction=() if is_model else tuple(name for name in references if name not in predictions),
+        group=group,
     )
 
 

@@ -63,10 +63,11 @@ class Page:
 
     @property
     def title(self) -> str:
-        """The page's title: dataset and model, or the folder's name."""
+        """The page's title: dataset and model, or the folder's name, and the group."""
         known = {fact.name: fact.value for fact in self.facts}
         parts = [known[name] for name in ("Dataset", "Trainer", "Plans", "Configuration") if name in known]
-        return " ".join(parts) or self.inputs.source.name
+        group = f", group {self.inputs.group}" if self.inputs.group is not None else ""
+        return (" ".join(parts) or self.inputs.source.name) + group
 
 
 def render(page: Page) -> str:

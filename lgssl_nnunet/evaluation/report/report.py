@@ -15,15 +15,16 @@ from tqdm import tqdm
 from lgssl_nnunet.errors import DatasetError, UsageError, install_extra
 from lgssl_nnunet.evaluation.evaluate import DEFAULT_WORKERS, evaluate
 from lgssl_nnunet.evaluation.metrics import NOT_ANNOTATED, NOT_ANNOTATED_POLICY
+from lgssl_nnunet.evaluation.part import name_for_group
 from lgssl_nnunet.evaluation.report.curves import charts
 from lgssl_nnunet.evaluation.report.facts import collect_facts, foreground_names, ignored_label
-from lgssl_nnunet.evaluation.report.inputs import ReportCase, ReportInputs, find_inputs
+from lgssl_nnunet.evaluation.report.inputs import PREDICTION_RECORD, ReportCase, ReportInputs, find_inputs
 from lgssl_nnunet.evaluation.report.overlays import color_indices, difference_map, draw_case
 from lgssl_nnunet.evaluation.report.page import GENERATOR, CaseSection, Page, render
 from lgssl_nnunet.evaluation.report.tables import rank_cases, worst_and_best
 from lgssl_nnunet.evaluation.report.viewer import WITHOUT_VIEWER, ViewerCase, niivue_script, pack_case
 from lgssl_nnunet.evaluation.report.volumes import SOFT_TISSUE, Volume, read_labels, read_volume, windowed
-from lgssl_nnunet.files import link_file, write_atomically
+from lgssl_nnunet.files import link_file, write_atomically, write_json
 from lgssl_nnunet.plans.cases import find_reader
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,10 @@ def report(
     output: str | Path | None = None,
     model_folder: str | Path | None = None,
     dataset_json: str | Path | None = None,
+    group: str | None = None,
     niivue: str | Path | None = None,
     results: Mapping[str, Any] | None = None,
+    command: Sequence[str] | None = None,
     num_processes: int = DEFAULT_WORKERS,
     progress: bool = True,
 ) -> Path:
@@ -58,11 +61,14 @@ def report(
         images: folder of images; by default where prediction read them, or the raw folder that fits most cases.
         cases: the cases to show instead of the worst and the best.
         num_cases: how many cases to show, the worse half and the better half.
-        output: the file; by default lgssl_report.html in `source`.
+        output: the file; by default lgssl_report.html (of a group lgssl_report_GROUP.html) in `source`.
         model_folder: the model that made the predictions, if lgssl_predict's record does not lead to it.
         dataset_json: the dataset's description; by default the one in `source` or of the model.
+        group: report the cases of one of the `groups` in dataset.json, by the classes that it annotates; None for all
+            cases.
         niivue: a self-contained build of npm's @niivue/niivue; by default the script in the package ipyniivue.
         results: what `evaluate` returned for these cases; by default it is called.
+        command: the command line that makes this report again; by default that of lgssl_report with these arguments.
         num_processes: worker processes for the metrics; 0 does the work in this process.
         progress: show bars (only on a terminal).
 
@@ -71,14 +77,15 @@ def report(
 
     Raises:
         DatasetError: folders or files are missing or do not fit.
-        UsageError: cases without a prediction, or an output that is no report and would be lost.
+        UsageError: cases without a prediction, a group that dataset.json does not have, predictions without any class
+            that the references annotate, or an output that is no report and would be lost.
         MissingDependencyError: the file named in `niivue` is no NiiVue.
     """
     arguments = {"reference": reference, "images": images, "model_folder": model_folder, "dataset_json": dataset_json}
     folders = {name: Path(value).expanduser() if value else None for name, value in arguments.items()}
     source = Path(source).expanduser()
-    inputs = find_inputs(source, **folders)
-    file = Path(output).expanduser() if output else source / REPORT
+    inputs = find_inputs(source, **folders, group=group)
+    file = Path(output).expanduser() if output else source / name_for_group(REPORT, group)
     _check(inputs, cases, num_cases, file)
     for damaged in inputs.damaged:
         logger.warning("%s is damaged and could not be read; copy it again or make it again.", damaged)
@@ -90,7 +97,7 @@ def report(
     sections = _draw_cases(inputs, shown, results, with_viewer=script is not None, progress=show_bars)
     page = Page(
         inputs=inputs,
-        facts=collect_facts(inputs, _command(source, folders, cases, num_cases, output, niivue)),
+        facts=collect_facts(inputs, command or _command(source, folders, group, cases, num_cases, output, niivue)),
         charts=charts(inputs.folds, foreground_names(inputs.dataset_json)),
         results=results,
         cases=sections,
@@ -133,6 +140,7 @@ def _evaluate(inputs: ReportInputs, num_processes: int, progress: bool) -> dict[
         for case in inputs.measured:
             link_file(case.prediction, root / "prediction" / case.prediction.name)
             link_file(case.reference, root / "reference" / case.prediction.name)
+        write_json(inputs.prediction_record, root / "prediction" / PREDICTION_RECORD)  # says which classes they hold
         try:
             return evaluate(
                 root / "reference",
@@ -140,15 +148,16 @@ def _evaluate(inputs: ReportInputs, num_processes: int, progress: bool) -> dict[
                 dataset_json=inputs.dataset_json,
                 plans=inputs.plans,
                 output=root / "summary.json",
+                group=inputs.group,
                 num_processes=num_processes,
                 progress=progress,
             )
-        except DatasetError as error:
+        except (DatasetError, UsageError) as error:
             message = str(error)
             for case in inputs.measured:
                 message = message.replace(str(root / "prediction" / case.prediction.name), str(case.prediction))
                 message = message.replace(str(root / "reference" / case.prediction.name), str(case.reference))
-            raise DatasetError(message) from error
+            raise type(error)(message.replace(str(root / "prediction"), str(inputs.source))) from error
 
 
 def _shown_cases(
@@ -237,6 +246,13 @@ class _Volumes:
 def _notes(inputs: ReportInputs, results: Mapping[str, Any] | None, without_viewer: bool) -> list[str]:
     """Return sentences on what is missing from the page, so that nothing is dropped silently."""
     notes = []
+    if inputs.group is not None:
+        notes.append(f"This page is about the cases of the group {inputs.group} of dataset.json only.")
+    if results is not None and inputs.written_classes:
+        notes.append(
+            f"The predictions hold {', '.join(inputs.written_classes)} only, so nothing else is measured. In the "
+            "pictures the other classes of the reference count as a difference."
+        )
     if results is not None and all(result.hd95 is None for result in results["cases"]):
         notes.append(f"Surface distances were not measured; they need {install_extra('evaluation')}.")
     partial = {result.case for result in (results or {}).get("cases", ()) if result.status == NOT_ANNOTATED}
@@ -271,6 +287,7 @@ def _notes(inputs: ReportInputs, results: Mapping[str, Any] | None, without_view
 def _command(
     source: Path,
     folders: Mapping[str, Path | None],
+    group: str | None,
     cases: Sequence[str] | None,
     num_cases: int,
     output: str | Path | None,
@@ -280,6 +297,7 @@ def _command(
     command = ["lgssl_report", str(source)]
     for name, folder in folders.items():
         command += [flags[name], str(folder)] if folder else []
+    command += ["--group", group] if group is not None else []
     command += ["--cases", *cases] if cases else ["--num_cases", str(num_cases)]
     command += ["--niivue", str(niivue)] if niivue else []
     return command + (["-o", str(output)] if output else [])
