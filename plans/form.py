@@ -100,6 +100,10 @@ def _is_axes(axes: Any) -> bool:
     return axes is None or are_spatial_axes(axes)
 
 
+def _is_left_right(lying: Any) -> bool:
+    return isinstance(lying, dict) and lying.get("axis") in (0, 1, 2) and lying.get("sign") in (-1, 1)
+
+
 def _is_training(training: Any) -> bool:
     return (
         isinstance(training, dict)
@@ -146,6 +150,7 @@ _BLOCK: Mapping[str, Callable[[Any], bool]] = {
     "schedule": _is_schedule,
     "text": _is_text,
     "mirroring_axes": _is_axes,
+    "left_right": _is_left_right,
     "training": _is_training,
     "twins": _is_twins,
     "sparse_annotation": _is_annotation,

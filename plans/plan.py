@@ -276,11 +276,11 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
 
 
 def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:
-    from lgssl_nnunet.plans.sidedness import mirroring_axes
+    from lgssl_nnunet.plans.sidedness import find_sides
     from lgssl_nnunet.plans.text import text_block, wordings
     from lgssl_nnunet.text.prompts import has_regions
 
-    axes = mirroring_axes(
+    sides = find_sides(
         wordings(job.prompts, job.embeddings),
         {name: case.images[0] for name, case in job.dataset.cases.items()},
         plans["image_reader_writer"],
@@ -297,8 +297,10 @@ def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type
         "draw_seed": job.budget.seed,
         "schedule": dict(planner_class.schedule),
         "text": text_block(job.prompts, job.embeddings, has_regions(job.dataset.dataset_json)),
-        "mirroring_axes": axes,
+        "mirroring_axes": sides.axes,
     }
+    if sides.lying is not None:
+        block["left_right"] = sides.lying._asdict()
     partial = partial_labels(job.dataset)
     if partial:
         block["partial_labels"] = {name: list(classes) for name, classes in partial.items()}

@@ -38,6 +38,20 @@ class LeftRight(NamedTuple):
     sign: int
 
 
+class Sides(NamedTuple):
+    """What the sides of classes ask of training and prediction.
+
+    Attributes:
+        axes: along which mirroring is allowed, in transposed array order; None if no structure has two sides
+            (nnU-Net's default applies).
+        lying: how all images lie, None where there is no pair of sides or the images differ or do not tell. Prediction
+            refuses images that lie otherwise: left would come out as right.
+    """
+
+    axes: list[int] | None
+    lying: LeftRight | None
+
+
 def sided_pairs(texts: Iterable[str]) -> list[tuple[str, str]]:
     """Return the pairs of texts that differ only in the side, such as ("left kidney", "right kidney").
 
@@ -84,19 +98,16 @@ def left_right(image: Path, reader: str) -> LeftRight | None:
     return LeftRight(2 - index_axis, int(np.sign(cosines[index_axis])))  # indices are x, y, z, arrays z, y, x
 
 
-def mirroring_axes(
+def find_sides(
     texts: Sequence[Sequence[str]], images: Mapping[str, Path], reader: str, transpose_forward: Sequence[int]
-) -> list[int] | None:
-    """Return the axes along which mirroring is allowed, and say why.
+) -> Sides:
+    """Return the axes along which mirroring is allowed and how the images lie, and say why.
 
     Args:
         texts: lists of texts to look for sides in, each for itself (class names, prompts).
         images: one image per case; all must agree.
         reader: name of nnU-Net's reader class.
         transpose_forward: axis order of the plans.
-
-    Returns:
-        None if no structure has two sides (nnU-Net's default applies), else axes in transposed array order.
     """
     pairs = [pair for group in texts for pair in sided_pairs(group)]
     if not pairs:
@@ -106,7 +117,7 @@ def mirroring_axes(
                 "stays on along all axes. If two classes are mirror images of each other, name them alike, for example "
                 "'left kidney' and 'right kidney'."
             )
-        return None
+        return Sides(None, None)
     example = " and ".join(f"'{text}'" for text in pairs[0])
     lying = {name: left_right(path, reader) for name, path in images.items()}
     found = {name: None if how is None else how.axis for name, how in lying.items()}
@@ -119,18 +130,19 @@ def mirroring_axes(
             example,
             by_axis,
         )
-        return []
+        return Sides([], None)
     if axes[0] is None:
         logger.warning(
             "Classes have sides (%s), but the images do not say which axis is left-right: mirroring is switched off "
             "along all axes.",
             example,
         )
-        return []
+        return Sides([], None)
     _warn_of_opposite(example, {name: how.sign for name, how in lying.items()})
+    common = set(lying.values())
     blocked = list(transpose_forward).index(axes[0])
     logger.info("Classes have sides (%s): no mirroring along the left-right axis (axis %d).", example, blocked)
-    return [axis for axis in range(3) if axis != blocked]
+    return Sides([axis for axis in range(3) if axis != blocked], common.pop() if len(common) == 1 else None)
 
 
 def _warn_of_opposite(example: str, signs: Mapping[str, int]) -> None:

@@ -25,6 +25,7 @@ from lgssl_nnunet.inference.device import choose_device
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, ChosenModel, select_model
 from lgssl_nnunet.inference.predictor import Case, LGSSLPredictor, remove_leftovers, resolve_precision
 from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require_float_format, selection_map_files
+from lgssl_nnunet.inference.sides import require_same_sides
 from lgssl_nnunet.inference.stored_model import image_rules
 from lgssl_nnunet.locks import hold_lock
 
@@ -118,7 +119,8 @@ def predict(
         UsageError: arguments that do not fit, several datasets to choose from, a class that the model does not have, an
             output that would be lost, or selection maps of a model without prompts or in a format without fractions.
         CheckpointError: no finished model, or a damaged one.
-        DatasetError: images that do not fit the model; all problems together.
+        DatasetError: images that do not fit the model, or lie otherwise than its own where classes have sides; all
+            problems together.
         FolderBusyError: another call is predicting into `output`.
         PredictionError: cases that failed, after all others were written.
     """
@@ -129,6 +131,8 @@ def predict(
     rules, classes = _announce(chosen, classes)
     output = Path(output).expanduser()
     cases = _cases(input, output, rules, save_selection_maps)[part_id::num_parts]
+    images = [case.files[0] for case in cases]
+    require_same_sides(images, chosen.model.read_json("plans.json"), rules.reader.__name__)
     predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
         precision=precision,

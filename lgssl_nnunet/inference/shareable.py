@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_OF_OUR_BLOCK = ("schema_version", "protocol", "schedule", "draw_seed", "mirroring_axes", "text", "training")
+_OF_OUR_BLOCK = (
+    "schema_version",
+    "protocol",
+    "schedule",
+    "draw_seed",
+    "mirroring_axes",
+    "left_right",
+    "text",
+    "training",
+)
 _OF_DATASET_JSON = (
     "name",
     "description",

@@ -200,7 +200,9 @@ def test_regions_and_an_ignore_label_go_through(raw_dataset, plan_tiny):
 
 def test_sided_classes_block_mirroring_along_left_and_right(raw_dataset, plan_tiny):
     raw_dataset(labeled=2, labels={"background": 0, "left kidney": 1, "right kidney": 2})
-    assert json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]["mirroring_axes"] == [0, 1]
+    block = json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]
+    assert block["mirroring_axes"] == [0, 1]
+    assert block["left_right"] == {"axis": 2, "sign": 1}
 
 
 @pytest.mark.parametrize("names", [("lkidney", "rkidney"), ("LAG", "RAG"), ("LV", "RV"), ("LLL", "RLL")])

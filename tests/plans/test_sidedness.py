@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgssl_nnunet.plans.sidedness import LeftRight, left_right, mirroring_axes, sided_pairs
+from lgssl_nnunet.plans.sidedness import LeftRight, find_sides, left_right, sided_pairs
 
 IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 1)
 OPPOSITE = (-1, 0, 0, 0, 1, 0, 0, 0, 1)
@@ -58,44 +58,52 @@ def test_readers_that_reorient_have_a_fixed_axis_and_other_formats_none(tmp_path
 
 
 def test_without_sides_nothing_is_decided(image):
-    assert mirroring_axes([["liver", "left atrium"]], {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]) is None
+    assert find_sides([["liver", "left atrium"]], {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]) == (None, None)
 
 
 def test_the_blocked_axis_is_given_in_the_order_of_the_plans(image, caplog):
     caplog.set_level(logging.INFO)
     images = {"a": image("a", IDENTITY)}
-    assert mirroring_axes(SIDED, images, "SimpleITKIO", [0, 1, 2]) == [0, 1]
-    assert mirroring_axes(SIDED, images, "SimpleITKIO", [2, 0, 1]) == [1, 2]
+    assert find_sides(SIDED, images, "SimpleITKIO", [0, 1, 2]).axes == [0, 1]
+    assert find_sides(SIDED, images, "SimpleITKIO", [2, 0, 1]).axes == [1, 2]
     assert "'left kidney' and 'right kidney'" in caplog.text
+
+
+def test_how_the_images_lie_is_kept_where_they_agree(image):
+    one, other = image("a", IDENTITY), image("b", OPPOSITE)
+    assert find_sides(SIDED, {"a": one}, "SimpleITKIO", [2, 0, 1]).lying == LeftRight(2, 1)
+    assert find_sides(SIDED, {"b": other}, "SimpleITKIO", [0, 1, 2]).lying == LeftRight(2, -1)
+    assert find_sides(SIDED, {"a": one, "b": other}, "SimpleITKIO", [0, 1, 2]).lying is None
+    assert find_sides([["liver"]], {"a": one}, "SimpleITKIO", [0, 1, 2]).lying is None
 
 
 def test_prompts_reveal_sides_that_names_hide(image):
     texts = [["kidney 1", "kidney 2"], ["the left kidney", "the right kidney"]]
-    assert mirroring_axes(texts, {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]) == [0, 1]
+    assert find_sides(texts, {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]).axes == [0, 1]
 
 
 def test_images_that_disagree_switch_mirroring_off_altogether(image, caplog):
     images = {"a": image("a", IDENTITY), "b": image("b", SAGITTAL)}
-    assert mirroring_axes(SIDED, images, "SimpleITKIO", [0, 1, 2]) == []
+    assert find_sides(SIDED, images, "SimpleITKIO", [0, 1, 2]).axes == []
     assert "array axis 2 in a" in caplog.text
     assert "array axis 0 in b" in caplog.text
 
 
 def test_images_that_do_not_tell_switch_mirroring_off_altogether(image, caplog):
-    assert mirroring_axes(SIDED, {"a": image("a", OBLIQUE)}, "SimpleITKIO", [0, 1, 2]) == []
+    assert find_sides(SIDED, {"a": image("a", OBLIQUE)}, "SimpleITKIO", [0, 1, 2]).axes == []
     assert "do not say" in caplog.text
 
 
 def test_images_stored_in_opposite_directions_are_named_and_keep_the_axis_blocked(image, caplog):
     images = {name: image(name, IDENTITY) for name in ("a", "b")} | {"c": image("c", OPPOSITE)}
-    assert mirroring_axes(SIDED, images, "SimpleITKIO", [0, 1, 2]) == [0, 1]
+    assert find_sides(SIDED, images, "SimpleITKIO", [0, 1, 2]).axes == [0, 1]
     assert "in c the patient's left lies on the other side" in caplog.text
     caplog.clear()
-    assert mirroring_axes(SIDED, images, "SimpleITKIOWithReorient", [0, 1, 2]) == [0, 1]
+    assert find_sides(SIDED, images, "SimpleITKIOWithReorient", [0, 1, 2]).axes == [0, 1]
     assert not caplog.text
 
 
 def test_sides_without_a_pair_are_said_and_change_nothing(image, caplog):
     texts = ["kidney on the left of the spine", "kidney on the right, below the liver"]
-    assert mirroring_axes([texts], {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]) is None
+    assert find_sides([texts], {"a": image("a", IDENTITY)}, "SimpleITKIO", [0, 1, 2]) == (None, None)
     assert "name them alike" in caplog.text
