@@ -9,7 +9,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
-from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
+from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, check_unused, resolve
 from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill
 from lgssl_nnunet.losses.language import alignment, class_map_loss
 from lgssl_nnunet.losses.marginal import certain_labels
@@ -71,8 +71,8 @@ class LGSSLHyperparameters:
         check_ranges(self, tvsf_stages=(1, None), class_map_weight=(0, None), alignment_weight=(0, None))
         check_ranges(self, dropout=(0, 0.99), ramp_fraction=(0, 1))
         check_ranges(self, consistency_weight=(0, None), agreement_weight=(0, None), difference_weight=(0, None))
-        if self.prompt_mode != "attention" and (self.class_map_weight or self.alignment_weight):
-            raise ValueError("class_map_weight and alignment_weight need prompt_mode=attention")
+        check_unused(self, f"prompt_mode={self.prompt_mode}", *PROMPT_MODES[self.prompt_mode])
+        check_unused(self, "residual_gate=False", *(() if self.residual_gate else ("gate_start",)))
 
 
 class LGSSLTrainer(SemiSupervisedTrainer):

@@ -86,6 +86,23 @@ def check_choices(values: Any, **choices: Sequence[str]) -> None:
             raise ValueError(f"{name}={value!r} is unknown, choose one of {', '.join(allowed)}")
 
 
+def check_unused(values: Any, choice: str, *names: str) -> None:
+    """Refuse fields of a dataclass that a choice leaves without effect, where they are not at their default.
+
+    Args:
+        values: the dataclass.
+        choice: what leaves them without effect, for example "prompt_mode=none".
+        names: the fields.
+
+    Raises:
+        ValueError: a field holds another value than its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(values)}
+    changed = [name for name in names if getattr(values, name) != defaults[name]]
+    if changed:
+        raise ValueError(f"{choice} leaves {', '.join(changed)} without effect, which can be left out")
+
+
 def check_ranges(values: Any, **ranges: tuple[float, float | None]) -> None:
     """Check fields of a dataclass against a least and a greatest value (None: no limit).
 

@@ -19,7 +19,14 @@ from lgssl_nnunet.text.adapter import AttentionPrompts, FixedVolumePrompts, lear
 if TYPE_CHECKING:
     from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-PROMPT_MODES = ("fixed_volume", "attention", "none")
+_TIES = ("class_map_weight", "alignment_weight")
+_GUIDANCE = ("tvsf_stages", "residual_gate", "gate_start", "affine_norm", "stop_gradient")
+PROMPT_MODES = {
+    "fixed_volume": _TIES,
+    "attention": (),
+    "none": ("prompt_source", "text_encoder", *_GUIDANCE, *_TIES),
+}
+"""By mode the hyper-parameters of LG-SSL that it leaves without effect."""
 PREDICTIONS = ("first", "mean")
 
 

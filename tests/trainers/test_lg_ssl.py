@@ -282,5 +282,21 @@ def test_the_class_map_is_learned(start):
 @pytest.mark.parametrize("mode", ["fixed_volume", "none"])
 @pytest.mark.parametrize("name", ["class_map_weight", "alignment_weight"])
 def test_ties_to_words_need_attention(mode, name, build):
-    with pytest.raises(UsageError, match="need prompt_mode=attention"):
+    with pytest.raises(UsageError, match=f"prompt_mode={mode} leaves {name} without effect"):
         build("LGSSLTrainer", training={"seed": 0, "hyperparameters": {"prompt_mode": mode, name: 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("choice", "name", "value"),
+    [
+        ({"prompt_mode": "none"}, "prompt_source", "random"),
+        ({"prompt_mode": "none"}, "tvsf_stages", 2),
+        ({"prompt_mode": "none"}, "text_encoder", "file:bank.npz"),
+        ({"residual_gate": False}, "gate_start", 0.5),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(choice, name, value):
+    with pytest.raises(ValueError, match=f"leaves {name} without effect"):
+        lg_ssl.LGSSLHyperparameters(**choice, **{name: value})
+    lg_ssl.LGSSLHyperparameters(**choice)
+    lg_ssl.LGSSLHyperparameters(**{name: value})
