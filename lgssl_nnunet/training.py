@@ -421,7 +421,10 @@ def _load_weights(
         from lgssl_nnunet.engine.pretrained import load_pretrained
 
         run.initialize()
-        load_pretrained(run.network, pretrained_weights, trust_checkpoint)
+        # nnU-Net's own trainers have neither companions nor teacher.
+        load_pretrained(run.network, pretrained_weights, trust_checkpoint, getattr(run, "parts", None))
+        if getattr(run, "teacher", None) is not None:
+            run.teacher.restart(run.plain_network)
         return
     if not (continue_training or only_validate):
         return

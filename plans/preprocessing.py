@@ -26,7 +26,14 @@ from batchgenerators.utilities.file_and_folder_operations import write_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from lgssl_nnunet.data.partial_labels import PartialLabel
-from lgssl_nnunet.data.preprocessing import PreprocessedCase, Recipe, hide_locations, preprocess, recipe_of
+from lgssl_nnunet.data.preprocessing import (
+    PreprocessedCase,
+    Recipe,
+    clear_outside,
+    hide_locations,
+    preprocess,
+    recipe_of,
+)
 from lgssl_nnunet.files import (
     content_hash,
     copy_file,
@@ -213,7 +220,7 @@ def preprocess_case(
             if steps.recipe is None:
                 preprocessed = _preprocess_as_planned(case, steps, partial)
             else:
-                preprocessed = preprocess(case.images, case.label, steps.recipe, partial)
+                preprocessed = preprocess(case.images, case.label, steps.recipe, partial, clear=True)
             _save(preprocessed, folders.unfinished / case.identifier, steps.patch_size)
         move_into_place(temporary)
     finally:
@@ -241,6 +248,8 @@ def _preprocess_as_planned(case: Case, steps: CaseSteps, partial: PartialLabel |
         labels = partial.read(reader.read_seg(label)[0])
         image, mask, properties = preprocessor.run_case_npy(image, labels, properties, *settings)
         hide_locations(properties, partial)
+    if label is None and any(configuration_manager.use_mask_for_norm):
+        clear_outside(image, mask[0], configuration_manager.use_mask_for_norm)
     return PreprocessedCase(image, None if label is None else mask, properties)
 
 
@@ -289,9 +298,16 @@ def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str
             "label": file_signature(case.label) if case.label is not None else None,
             "settings": settings,
             **partial.get(name, {}),
+            **_treatment(plans, configuration, case.label is not None),
         }
         for name, case in dataset.cases.items()
     }
+
+
+def _treatment(plans: Mapping[str, Any], configuration: str, is_labeled: bool) -> dict[str, Any]:
+    """Return what is noted of cases that were once made otherwise from the same files and settings."""
+    masked = plans["configurations"][configuration].get("use_mask_for_norm") or ()
+    return {"cleared_outside": True} if any(masked) and not is_labeled else {}
 
 
 def _settings(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> str:
@@ -324,12 +340,14 @@ def unprepared_cases(
     split, partial = plans["lgssl"]["split"], plans["lgssl"].get("partial_labels", {})
     wanted = dict.fromkeys(split["unlabeled"], False) | dict.fromkeys(split["labeled"], True)
     sizes = {is_labeled: folders.sizes(is_labeled) for is_labeled in (True, False)}
+    treatment = {is_labeled: _treatment(plans, configuration, is_labeled) for is_labeled in (True, False)}
     return sorted(
         name
         for name, is_labeled in wanted.items()
         if (done.get(name) or {}).get("settings") != settings
         or done[name]["labeled"] != is_labeled
         or done[name].get("annotated") != partial.get(name)
+        or not treatment[is_labeled].items() <= done[name].items()
         or not _are_as_noted(name, is_labeled, sizes[is_labeled], done[name].get("files", {}))
     )
 

@@ -690,7 +690,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         A step in which something is not finite is left out: its loss is nan and nothing else is returned.
 
         Raises:
-            TrainingError: five steps in a row were left out.
+            TrainingError: five steps in a row were left out, by another reason than the scale of float16's gradients.
         """
         seed_everything(derive_seed(self.seed, self.local_rank, _STEP, self.iteration))
         if isinstance(self.lr_scheduler, CosineSchedule):
@@ -772,21 +772,18 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         return torch.stack(active).sum()
 
     def _optimize(self, loss: Tensor) -> None:
-        scaler = self.grad_scaler
-        if scaler is not None:
-            scaler.scale(loss).backward()
-            distributed.average_gradients(self.optimizer)
-            scaler.unscale_(self.optimizer)
-            clip_gradients(self.optimizer)
-            scaler.step(self.optimizer)
-            scaler.update()
-            return
-        loss.backward()
+        # A scaler that is not enabled does nothing to loss, gradients and step.
+        scaler = self.grad_scaler or torch.amp.GradScaler(enabled=False)
+        scaler.scale(loss).backward()
         distributed.average_gradients(self.optimizer)
+        scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.optimizer)
         if not bool(torch.isfinite(norm)):
-            raise NonFiniteError("the norm of the gradient, although the loss is finite,", float(norm))
-        self.optimizer.step()
+            scale = scaler.get_scale()
+            scaler.update()
+            raise NonFiniteError("the norm of the gradient, although the loss is finite,", float(norm), scale)
+        scaler.step(self.optimizer)
+        scaler.update()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Log every term beside nnU-Net's loss."""

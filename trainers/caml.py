@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
 from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
-from lgssl_nnunet.engine.memory import MemoryBank
+from lgssl_nnunet.engine.memory import MemoryBank, check_sizes
 from lgssl_nnunet.losses.consistency import mutual_consistency
 from lgssl_nnunet.losses.correlation import SIMILARITIES, confident_agreements, correct_agreements, omni_correlation
 from lgssl_nnunet.networks.cross_sample_attention import attend_after, attention_stage
 from lgssl_nnunet.networks.decoders import interpolating_twin
 from lgssl_nnunet.networks.embedding import EmbeddingHeads
 from lgssl_nnunet.networks.unet import DropoutUNet
+from lgssl_nnunet.plans.folds import fold_cases
 from lgssl_nnunet.trainers.base import SemiSupervisedTrainer
 
 
@@ -34,7 +35,7 @@ class CAMLHyperparameters:
         similarity: of a voxel and the memory, "cosine" or, as released, "dot".
         correlation_temperature: of that similarity.
         embedding_size: length of the embeddings.
-        memory_size: embeddings kept per labelled case and class; the released code keeps all.
+        memory_size: embeddings kept per case and class (the code: all), 256 KiB on the device and in each checkpoint.
         memory_samples: embeddings per class drawn in a step; a class with fewer is left out.
         max_queries: unlabelled voxels per class in a step, for two classes; with more, each has fewer in proportion.
         attention_tokens: most positions of the stage with attention across samples.
@@ -63,9 +64,8 @@ class CAMLHyperparameters:
     def __post_init__(self) -> None:
         check_ranges(self, supervised_weight=(0, None), consistency_weight=(0, None), correlation_weight=(0, None))
         check_ranges(self, ramp_fraction=(0, 1), temperature=(0.01, 1), correlation_temperature=(0.01, None))
-        check_ranges(self, embedding_size=(1, None), memory_size=(1, None), memory_samples=(1, None))
-        check_ranges(self, max_queries=(1, None), attention_tokens=(1, None))
-        check_ranges(self, attention_dropout=(0, 0.99), dropout=(0, 0.99))
+        check_ranges(self, embedding_size=(1, None), memory_size=(1, None), memory_samples=(1, None), dropout=(0, 0.99))
+        check_ranges(self, max_queries=(1, None), attention_tokens=(1, None), attention_dropout=(0, 0.99))
         check_choices(self, similarity=SIMILARITIES)
 
 
@@ -74,9 +74,9 @@ class CAMLTrainer(SemiSupervisedTrainer):
 
     Source: S. Gao, Z. Zhang, J. Ma, Z. Li, S. Zhang, "Correlation-Aware Mutual Learning for Semi-supervised Medical
     Image Segmentation", MICCAI 2023; methods.md section 8. Embeddings have 32 numbers as in the released code (64 are
-    announced), similarity is the article's cosine (the code has the dot product), the memory is bounded and holds
-    voxels of earlier steps. Attention makes every term of the auxiliary network depend on the unlabelled patches. The
-    vanilla network predicts.
+    announced), similarity is the article's cosine (the code has the dot product), the memory holds voxels of earlier
+    steps and grows as cases x classes x `memory_size` x `embedding_size`. Attention makes every term of the auxiliary
+    network depend on the unlabelled patches. The vanilla network predicts.
     """
 
     hyperparameters = CAMLHyperparameters()
@@ -86,10 +86,12 @@ class CAMLTrainer(SemiSupervisedTrainer):
 
     @classmethod
     def check_request(cls, plans: dict, configuration: str, fold: int | str, dataset_json: dict) -> None:
-        """Refuse, too, a limit on the attention that no stage of the network keeps."""
+        """Refuse, too, an attention limit that no stage of the network keeps, and sizes that leave no correlation."""
         super().check_request(plans, configuration, fold, dataset_json)
-        hp = resolve(cls.hyperparameters, plans, cls.__name__)
-        attention_stage(PlansManager(plans).get_configuration(configuration), hp.attention_tokens)
+        hp, planned = resolve(cls.hyperparameters, plans, cls.__name__), PlansManager(plans)
+        attention_stage(planned.get_configuration(configuration), hp.attention_tokens)
+        cases, _ = fold_cases(plans["lgssl"], fold)
+        check_sizes(hp, len(cases), planned.get_label_manager(dataset_json).num_segmentation_heads)
 
     @staticmethod
     def adapt_network(network: nn.Module, hp: CAMLHyperparameters) -> nn.Module:
@@ -143,7 +145,6 @@ class CAMLTrainer(SemiSupervisedTrainer):
         found = {}
         for case in dict.fromkeys(labeled.keys):
             own = [row for row, key in enumerate(labeled.keys) if key == case]
-            target = finest(labeled.target)[own]
-            positions, classes = correct_agreements(*rows(logits, own), target, self.hp.memory_size)
+            positions, classes = correct_agreements(*rows([*logits, finest(labeled.target)], own), self.hp.memory_size)
             found[case] = self.heads.project(rows(features, own), positions), classes
         return found

@@ -131,7 +131,11 @@ def _is_usual(options: Mapping[str, Any], orders: Mapping[str, Any]) -> bool:
 
 
 def preprocess(
-    images: Sequence[Path | str], label: Path | str | None, recipe: Recipe, partial: PartialLabel | None = None
+    images: Sequence[Path | str],
+    label: Path | str | None,
+    recipe: Recipe,
+    partial: PartialLabel | None = None,
+    clear: bool = False,
 ) -> PreprocessedCase:
     """Read and preprocess one case.
 
@@ -140,6 +144,7 @@ def preprocess(
         label: segmentation file, None for a case without one.
         recipe: of the configuration.
         partial: how the label is read if it is annotated in part only.
+        clear: without a label file, do what `clear_outside` does.
 
     Raises:
         ValueError: image and label differ in shape.
@@ -167,9 +172,25 @@ def preprocess(
     if labels is not None:
         labels = resample_labels(labels, shape, nearest[1])[None]
         properties["class_locations"] = class_locations(labels, recipe.classes)
+    elif clear and mask is not None:
+        clear_outside(image, resample_labels(OUTSIDE * mask.astype(np.int8), shape, nearest[1]), recipe.masked)
     if partial is not None:
         hide_locations(properties, partial)
     return PreprocessedCase(image, labels, properties)
+
+
+def clear_outside(image: np.ndarray, label: np.ndarray, masked: Sequence[bool]) -> None:
+    """Set masked channels to exactly 0 outside of the body, where a spline leaves waves around it.
+
+    nnU-Net's augmentation does so with labelled patches, by the label `OUTSIDE`; an unlabelled case has none to keep.
+
+    Args:
+        image: (C, X, Y, Z), changed.
+        label: (X, Y, Z), negative outside of the body.
+        masked: per channel, whether only the body is normalised.
+    """
+    for channel in np.flatnonzero(masked):
+        image[channel][label < 0] = 0
 
 
 def hide_locations(properties: dict[str, Any], partial: PartialLabel) -> None:

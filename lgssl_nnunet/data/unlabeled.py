@@ -74,7 +74,8 @@ def mark_outside(label: np.ndarray, masked_channels: np.ndarray) -> None:
 
     Args:
         label: (X, Y, Z), changed.
-        masked_channels: the channels (N, X, Y, Z) that are normalised inside the body only and 0 outside.
+        masked_channels: the channels (N, X, Y, Z) that are normalised inside the body only and 0 outside, as those of
+            unlabelled cases are; of a resampled labelled case only part of the outside is 0.
     """
     if len(masked_channels):
         label[(masked_channels == 0).all(axis=0) & (label == 0)] = -1

@@ -15,5 +15,10 @@ def clip_gradients(optimizer: torch.optim.Optimizer) -> Tensor:
     Returns:
         The largest norm that was found; not finite if any gradient is not.
     """
-    norms = [torch.nn.utils.clip_grad_norm_(group["params"], GRADIENT_NORM_LIMIT) for group in optimizer.param_groups]
-    return torch.stack(norms).max()
+    return torch.stack([_clip(group["params"]) for group in optimizer.param_groups]).max()
+
+
+def _clip(parameters: list[Tensor]) -> Tensor:
+    norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM_LIMIT)
+    # A group without gradients, because its term has no weight, has the norm 0 on the CPU, wherever the network is.
+    return norm.to(parameters[0].device)

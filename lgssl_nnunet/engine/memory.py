@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lgssl_nnunet.errors import UsageError
+
 
 class MemoryBank:
     """Embeddings of labelled voxels by case and class; a case's entry is replaced whenever the case is drawn.
@@ -57,3 +59,29 @@ class MemoryBank:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.entries = {case: dict(entry) for case, entry in state.items()}
+
+
+def check_sizes(hp: Any, cases: int, classes: int) -> None:
+    """Refuse sizes with which no voxel is ever compared with the memory.
+
+    Args:
+        hp: with `memory_size` (embeddings kept per case and class), `memory_samples` (those of a class that are drawn,
+            or none) and `max_queries` (voxels of a class that are compared, for two classes).
+        cases: training cases.
+        classes: with background.
+
+    Raises:
+        UsageError: the memory never holds enough for a draw, or the queries are fewer than the classes.
+    """
+    most = hp.memory_size * cases
+    if most < hp.memory_samples:
+        raise UsageError(
+            f"With memory_size={hp.memory_size} and {cases} training cases the memory holds {most} embeddings of a "
+            f"class at most, and memory_samples={hp.memory_samples} draws none from fewer: use --set "
+            f"memory_size={-(-hp.memory_samples // cases)} or more, or --set memory_samples={most} or less."
+        )
+    if 2 * hp.max_queries < classes:
+        raise UsageError(
+            f"max_queries={hp.max_queries} leaves no voxel for each of {classes} classes: use --set "
+            f"max_queries={-(-classes // 2)} or more."
+        )

@@ -18,10 +18,13 @@ class NonFiniteError(TrainingError):
     Args:
         what: what is not finite, as it stands in a sentence ("the loss term 'agreement'").
         value: its value.
+        scale: by which the loss was multiplied for gradients in float16, 1 without a gradient scaler. Above 1 the scale
+            itself can be the reason, and the scaler lowers it.
     """
 
-    def __init__(self, what: str, value: float) -> None:
+    def __init__(self, what: str, value: float, scale: float = 1.0) -> None:
         super().__init__(f"{what} became {value}")
+        self.scale = scale
 
     @classmethod
     def elsewhere(cls) -> NonFiniteError:
@@ -31,6 +34,9 @@ class NonFiniteError(TrainingError):
 
 class NonFiniteGuard:
     """Counts the steps that were left out.
+
+    Those that a gradient scaler leaves out on the way to the scale that fits do not count: they are no defect, and they
+    end by themselves, because the scale falls until it fits or is 1.
 
     Attributes:
         skipped: in the whole run.
@@ -51,6 +57,9 @@ class NonFiniteGuard:
         Raises:
             TrainingError: it is the fifth in a row.
         """
+        if error.scale > 1:
+            logger.info("Iteration %d is left out: gradients overflow at scale %g.", iteration, error.scale)
+            return
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= MOST_IN_A_ROW:

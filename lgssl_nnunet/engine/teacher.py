@@ -38,6 +38,10 @@ class EMATeacher:
         """Move the teacher towards the student; call it after the optimiser's step."""
         self.averaged.update_parameters(student)
 
+    def restart(self, student: nn.Module) -> None:
+        """Copy a student whose weights were replaced before the first update; this counts as none."""
+        self.network.load_state_dict(student.state_dict())
+
     @torch.no_grad()
     def __call__(self, image: Tensor, dropout: bool = False, **options: Any) -> Any:
         """Return the teacher's logits for `image` (B, M, *S), without gradient.

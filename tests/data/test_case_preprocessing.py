@@ -106,6 +106,29 @@ def test_without_a_label_the_image_is_the_same_and_there_is_no_label(case):
     assert "class_locations" not in without.properties
 
 
+@pytest.mark.parametrize("spacing", [(1.5, 1.0, 1.2), (1.1, 6.0, 0.8), (1.1, 2.0, 0.9)])
+def test_an_unlabelled_image_is_zero_outside_of_the_body_where_labelled_patches_are(case, spacing):
+    images, _ = case
+    planned = plans(spacing=spacing)
+    _, segmentation, _ = planned[1].preprocessor_class(verbose=False).run_case(images, None, *planned)
+    outside_body = segmentation[0] == -1
+    plain, cleared = (preprocess(images, None, recipe_of(*planned), clear=clear).image for clear in (False, True))
+    zero = cleared[1] == 0
+    assert 2 * (zero & outside_body).sum() / (zero.sum() + outside_body.sum()) >= 0.999
+    np.testing.assert_array_equal(cleared[1][~zero], plain[1][~zero])
+    np.testing.assert_array_equal(cleared[0], plain[0])  # that channel is not masked
+    if plain.shape[1:] != SHAPE and spacing != (1.1, 2.0, 0.9):
+        assert (plain[1][outside_body] != 0).mean() > 0.2  # what the spline leaves there
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_images_with_a_label_or_without_a_masked_channel_are_not_cleared(case, labeled):
+    images, label = case
+    recipe = recipe_of(*plans(use_mask_for_norm=[False, labeled]))
+    plain, cleared = (preprocess(images, label if labeled else None, recipe, clear=c).image for c in (False, True))
+    np.testing.assert_array_equal(plain, cleared)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lgssl_nnunet.engine.memory import MemoryBank
+from lgssl_nnunet.engine.memory import MemoryBank, check_sizes
+from lgssl_nnunet.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -114,3 +117,25 @@ def test_restoring_replaces_what_was_there_and_is_not_tied_to_the_state():
     assert numbers(other.sample(3)) == [4, 5, 6]
     assert numbers(bank.sample(5)) == [1, 2, 3, 4, 5]
     assert numbers(state["a"][0]) == [1, 2, 3]
+
+
+def sizes(memory_size: int, memory_samples: int, max_queries: int) -> SimpleNamespace:
+    return SimpleNamespace(memory_size=memory_size, memory_samples=memory_samples, max_queries=max_queries)
+
+
+def test_sizes_that_just_suffice_are_taken_and_smaller_ones_refused_with_the_remedy():
+    check_sizes(sizes(64, 255, 2), cases=4, classes=4)
+    with pytest.raises(UsageError, match=r"holds 252 .* memory_size=64 or more, or --set memory_samples=252 or less"):
+        check_sizes(sizes(63, 255, 2), cases=4, classes=4)
+    with pytest.raises(UsageError, match=r"max_queries=2 leaves no voxel for each of 5 classes: .* max_queries=3 or"):
+        check_sizes(sizes(64, 255, 2), cases=4, classes=5)
+
+
+@pytest.mark.parametrize(("samples", "drawn"), [(6, 6), (7, 0)])
+def test_sizes_are_refused_where_a_full_memory_gives_no_sample(samples, drawn):
+    bank = MemoryBank(2, 2, CPU)
+    for case in "abc":
+        bank.replace(case, numbered(range(5)), torch.zeros(5))
+    assert len(bank.sample(samples)) == drawn
+    with nullcontext() if drawn else pytest.raises(UsageError, match="draws none"):
+        check_sizes(sizes(2, samples, 1), cases=3, classes=2)

@@ -43,3 +43,15 @@ def test_the_counts_survive_a_checkpoint():
     guard.skip(BROKEN, 0)
     resumed.load_state_dict(guard.state_dict())
     assert (resumed.skipped, resumed.in_a_row) == (1, 1)
+
+
+def test_what_a_gradient_scaler_leaves_out_above_scale_one_is_neither_counted_nor_the_end(caplog):
+    guard = NonFiniteGuard()
+    guard.skip(BROKEN, 0)
+    with caplog.at_level("INFO", "lgssl_nnunet"):
+        for iteration in range(1, 17):
+            guard.skip(NonFiniteError("the gradient", float("inf"), scale=2.0 ** (17 - iteration)), iteration)
+    assert (guard.skipped, guard.in_a_row) == (1, 1)
+    assert caplog.messages[-1] == "Iteration 16 is left out: gradients overflow at scale 2."
+    guard.skip(NonFiniteError("the gradient", float("inf"), scale=1.0), 17)
+    assert (guard.skipped, guard.in_a_row) == (2, 2)

@@ -6,6 +6,8 @@ import pickle
 import blosc2
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lgssl_nnunet.errors import DatasetError
 from lgssl_nnunet.plans import preprocessing
@@ -145,3 +147,66 @@ def test_a_changed_label_is_copied_again_and_others_are_left_alone(raw_dataset, 
     plan_tiny(configurations=("2d",))
     assert (copies / "lab_00.nii.gz").read_bytes() == writer.label_file("lab_00").read_bytes()
     assert (copies / "lab_01.nii.gz").stat().st_ino == before
+
+
+# ------------------------------------------------------------------------------------------------ outside of the body
+
+
+@pytest.fixture
+def stripped(raw_dataset):
+    """Images with zeros around the body, a labelled and an unlabelled one on another grid than the others."""
+    writer = raw_dataset(labeled=4, unlabeled=0, in_images_un=0, test=0, channel_names={"0": "MRI"})
+    for name in ("lab_other", "unl_other"):
+        writer.add(name, labeled=name == "lab_other", spacing=(1.4, 1.3, 1.2))
+    for file in (writer.folder / "imagesTr").iterdir():
+        volume = sitk.ReadImage(str(file))
+        image = sitk.GetArrayFromImage(volume)
+        z, y, x = np.indices(image.shape)
+        body = ((z - 10) / 7) ** 2 + ((y - 11) / 8) ** 2 + ((x - 10) / 7) ** 2 < 1
+        changed = sitk.GetImageFromArray(image * body)
+        changed.CopyInformation(volume)
+        sitk.WriteImage(changed, str(file))
+    return writer
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "nnunet"])
+def test_unlabelled_images_are_zero_outside_of_the_body_and_labelled_ones_as_nnunet_makes_them(
+    stock, stripped, plan_tiny, preprocessed, monkeypatch
+):
+    if stock:
+        monkeypatch.setattr(preprocessing, "recipe_of", lambda *planned: None)
+    manager = PlansManager(plans := json.loads(plan_tiny().read_text()))
+    configuration = manager.get_configuration("3d_fullres")
+    assert configuration.use_mask_for_norm == [True]
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    labels = {"lab_other": str(stripped.label_file("lab_other")), "unl_other": None}
+    for name, suffix in (("lab_other", ""), ("unl_other", "_unlabeled")):
+        files = [str(stripped.image_file(name))]
+        image, label, _ = preprocessor.run_case(files, labels[name], manager, configuration, stripped.content)
+        stored = blosc2.open(str(preprocessed / f"{plans['plans_name']}_3d_fullres{suffix}" / f"{name}.b2nd"))[:]
+        cleared = np.where(label == -1, 0, image)
+        assert np.abs(cleared - image).max() > 0.01
+        expected = cleared if suffix else image
+        assert (np.abs(stored - expected) <= 1e-5 * np.ptp(image)).mean() > 0.999  # ties of the mask may differ
+
+
+def test_unlabelled_cases_made_before_they_were_cleared_are_made_again_and_no_others(
+    stripped, plan_tiny, preprocessed, redone
+):
+    plans = json.loads(plan_tiny().read_text())
+    redone.clear()
+    manifest = preprocessed / "LGSSLCPUPlans_3d_fullres.manifest.json"
+    entries = json.loads(manifest.read_text())
+    assert [name for name, entry in entries.items() if entry.pop("cleared_outside", False)] == ["unl_other"]
+    manifest.write_text(json.dumps(entries))
+    assert preprocessing.unprepared_cases(preprocessed, plans, "3d_fullres", stripped.content) == ["unl_other"]
+    plan_tiny()
+    assert redone == ["unl_other"]
+    assert preprocessing.unprepared_cases(preprocessed, plans, "3d_fullres", stripped.content) == []
+
+
+def test_where_nothing_is_masked_the_manifest_is_as_it_was(raw_dataset, plan_tiny, preprocessed):
+    raw_dataset(labeled=1, unlabeled=1, in_images_un=0, test=0)
+    plan_tiny()
+    entries = json.loads((preprocessed / "LGSSLCPUPlans_3d_fullres.manifest.json").read_text())
+    assert all(entry.keys() == {"labeled", "images", "label", "settings", "files"} for entry in entries.values())

@@ -344,6 +344,20 @@ def test_a_limit_that_no_stage_keeps_is_refused_before_anything_is_written(build
 
 
 @pytest.mark.parametrize(
+    ("values", "fold", "message"),
+    [
+        ({"memory_size": 1, "memory_samples": 7}, "all", r"6 training cases the memory holds 6 "),
+        ({"memory_size": 1, "memory_samples": 6}, 4, r"5 training cases the memory holds 5 "),
+        ({"max_queries": 1}, "all", "no voxel for each of 3 classes"),
+    ],
+)
+def test_sizes_that_leave_no_correlation_are_refused_before_anything_is_written(values, fold, message, build, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        build("CAMLTrainer", training={"seed": 0, "hyperparameters": values}, fold=fold, results=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("supervised_weight", -1.0),

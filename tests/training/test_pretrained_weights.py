@@ -118,7 +118,7 @@ def test_tensors_that_nnunet_lists_twice_are_counted_once(make_stock, checkpoint
     with caplog.at_level(logging.INFO):
         number = load_pretrained(network, checkpoint(make_stock()))
     assert number == sum(id(p) not in seg_layers for p in network.parameters())
-    assert f"{number} of {number} tensors taken" in caplog.text
+    assert f"the network took {number} of {number} tensors" in caplog.text
 
 
 def test_weights_of_another_shape_are_left_out_and_named(make_stock, checkpoint, language_guided, caplog):
@@ -159,3 +159,79 @@ def test_training_initializes_the_network_before_it_takes_pretrained_weights(mak
     assert called == ["initialize"]
     key = "encoder.stages.0.0.convs.0.conv.weight"
     assert torch.equal(language_guided.state_dict()[key], stock.state_dict()[key])
+
+
+# ------------------------------------------------------------------------------------------------------- companions
+
+
+@pytest.fixture
+def source(build_trainer):
+    """A network of the tiny dataset's plans whose weights are all its own, also where others start with zeros."""
+    trainer = build_trainer("SupervisedTrainer", training={"seed": 5})
+    trainer.initialize()
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.normal_()
+    return trainer.network
+
+
+@pytest.fixture
+def started_from(build_trainer, checkpoint):
+    """A trainer of the tiny dataset that starts from a network or a whole checkpoint."""
+
+    def start(name: str, content):
+        trainer = build_trainer(name)
+        weights = checkpoint(content)
+        _load_weights(trainer, continue_training=False, only_validate=False, pretrained_weights=weights)
+        return trainer
+
+    return start
+
+
+@pytest.mark.parametrize("name", ["CPSTrainer", "DeSCOTrainer"])
+def test_a_second_network_starts_from_the_weights_of_a_single_one(name, source, started_from, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = started_from(name, source)
+    weights, second = dict(source.named_parameters()), dict(trainer.parts["second_network"].named_parameters())
+    assert second.keys() == weights.keys()
+    assert all(torch.equal(p, weights[key]) != (".seg_layers." in key) for key, p in second.items())
+    first = trainer.network.decoder.seg_layers[-1].weight
+    assert not torch.equal(first, trainer.second.decoder.seg_layers[-1].weight)
+    taken = sum(".seg_layers." not in key for key in weights)
+    assert f"the network took {taken} of {taken} tensors" in caplog.text
+    assert f"second_network took {taken} of {taken} tensors" in caplog.text
+
+
+def test_an_auxiliary_network_takes_its_whole_encoder_also_the_stage_with_attention(source, started_from, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer = started_from("CAMLTrainer", source)
+    weights, own = list(source.encoder.parameters()), list(trainer.auxiliary.encoder.parameters())
+    assert len(own) > len(weights)  # those of the attention
+    assert sum(any(p.shape == q.shape and torch.equal(p, q) for q in weights) for p in own) == len(weights)
+    assert "auxiliary_network took" in caplog.text
+    assert "embedding_heads" not in caplog.text
+
+
+def test_a_companion_takes_what_the_checkpoint_has_under_its_name(source, started_from):
+    own = {key: tensor + 1 for key, tensor in source.state_dict().items()}
+    content = {"network_weights": source.state_dict(), "lgssl": {"second_network": own, "terms": []}}
+    trainer = started_from("CPSTrainer", content)
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    assert torch.equal(trainer.network.state_dict()[key], source.state_dict()[key])
+    assert torch.equal(trainer.second.state_dict()[key], own[key])
+
+
+def test_a_companion_that_nothing_fits_is_named(source, started_from, caplog):
+    content = {"network_weights": source.state_dict(), "lgssl": {"second_network": {}}}
+    trainer = started_from("CPSTrainer", content)
+    assert "fits the encoder of second_network, which starts untrained" in caplog.text
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    assert not torch.equal(trainer.second.state_dict()[key], source.state_dict()[key])
+
+
+def test_a_teacher_starts_as_its_student(source, started_from, same):
+    trainer = started_from("MeanTeacherTrainer", source)
+    assert same(trainer.teacher.network.state_dict(), trainer.network.state_dict())
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    assert torch.equal(trainer.teacher.network.state_dict()[key], source.state_dict()[key])
+    assert int(trainer.teacher.averaged.n_averaged) == 0
