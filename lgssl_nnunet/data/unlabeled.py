@@ -20,15 +20,20 @@ class UnlabeledDataset(nnUNetDatasetBlosc2):
 
     Args:
         folder: `<data_identifier>_unlabeled/`.
-        identifiers: the cases.
+        identifiers: the cases; None for all of the folder.
         labeled_folder: `<data_identifier>/`.
         labeled: cases there whose images are handed out as well.
     """
 
     def __init__(
-        self, folder: str, identifiers: list[str], labeled_folder: Path | None = None, labeled: Sequence[str] = ()
+        self,
+        folder: str,
+        identifiers: list[str] | None = None,
+        labeled_folder: Path | None = None,
+        labeled: Sequence[str] = (),
     ) -> None:
-        super().__init__(folder, [*identifiers, *labeled])
+        found = self.get_identifiers(folder) if identifiers is None else identifiers
+        super().__init__(folder, [*found, *labeled])
         self._folders = dict.fromkeys(labeled, labeled_folder)
 
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, None, dict]:
