@@ -1,8 +1,12 @@
-"""Turns a file, a folder or lists of files into cases, and finds everything wrong with them before any work starts."""
+"""Turns a file, a folder or lists of files into cases, and finds what is wrong with them.
+
+Names, headers and sizes are checked before any work starts, voxels when a case is read.
+"""
 
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +18,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.volumes import (
-    count_stored_not_finite,
+    count_not_finite_if_whole,
     last_line,
     require_whole,
     require_whole_nifti,
@@ -68,7 +72,7 @@ def collect_images(inputs: Inputs, rules: ImageRules) -> dict[str, tuple[Path, .
 
     Raises:
         DatasetError: all problems together: nothing to predict, wrong file ending, missing or surplus channels,
-            files that cannot be read.
+            files whose header cannot be read or that end too early.
     """
     if isinstance(inputs, (str, Path)):
         source = Path(inputs).expanduser()
@@ -94,13 +98,16 @@ def case_and_channel(file: Path, file_ending: str) -> tuple[str, int | None]:
     return (match.group(1), int(match.group(2))) if match else (stem, None)
 
 
-def require_finite(file: Path) -> None:
-    """Raise if a NIfTI file holds NaN or infinite voxels: ITK reads them as 0 without a word.
+def require_intact(file: Path) -> None:
+    """Raise if a NIfTI file is damaged or holds NaN or infinite voxels: ITK reads 0 for them without a word.
 
     Raises:
-        DatasetError: with the number of such voxels.
+        DatasetError: with what is wrong, or the number of such voxels.
     """
-    wrong = count_stored_not_finite(file)
+    try:
+        wrong = count_not_finite_if_whole(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{file}: cannot be read ({last_line(error)}); copy or export it again.") from None
     if wrong:
         raise DatasetError(f"{file}: {wrong} voxels are NaN or infinite; replace them, for example with background.")
 
@@ -201,7 +208,7 @@ def _stored_channels(file: Path, rules: ImageRules) -> int | None:
 
 
 def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list[str]:
-    """Return what is wrong with the files of one case, from their headers and sizes."""
+    """Return what is wrong with the files of one case, from their headers and sizes; `require_intact` reads them."""
     problems, sizes, channels = [], {}, 0
     for file in files:
         try:

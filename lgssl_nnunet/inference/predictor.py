@@ -30,7 +30,7 @@ from lgssl_nnunet.dataset_conversion.volumes import require_whole_nifti
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import move_into_place
-from lgssl_nnunet.inference.cases import require_finite
+from lgssl_nnunet.inference.cases import require_intact
 from lgssl_nnunet.inference.classes import PlansForClasses
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
@@ -372,7 +372,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def _preprocess_as_nnunet(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict]:
     """Read and preprocess one case by the class that the plans name; runs in a worker process or in this one."""
     for file in case.files:
-        require_finite(file)
+        require_intact(file)
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
     planned = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     data, _, properties = preprocessor.run_case([str(file) for file in case.files], None, *planned)

@@ -141,6 +141,22 @@ def test_damaged_probabilities_are_not_skipped(trained, images, tmp_path, predic
     assert np.load(out / "a.npz")["probabilities"].shape[1:] == (14, 16, 20)
 
 
+@pytest.mark.parametrize("precision", ["stock", "fp32"])
+@pytest.mark.parametrize("type_", [np.int16, np.float32])
+def test_an_image_with_a_damaged_byte_fails_alone_and_is_named(
+    type_, precision, trained, images, tmp_path, predict_here
+):
+    array = np.random.default_rng(0).integers(0, 999, (64, 64, 64))  # of smaller files ITK sees the end with the header
+    image = sitk.GetImageFromArray(array.astype(type_))
+    sitk.WriteImage(image, str(images / "b_0000.nii.gz"))
+    content = bytearray((images / "b_0000.nii.gz").read_bytes())
+    content[-5] ^= 1  # in the checksum: it unpacks to its full length
+    (images / "b_0000.nii.gz").write_bytes(content)
+    with pytest.raises(PredictionError, match=r"1 are written:\n  b: .*b_0000\.nii\.gz: cannot be read \(CRC check"):
+        predict_here(images, tmp_path / "out", precision=precision, disable_tta=True)
+    assert [name for name in shown(tmp_path / "out") if name.endswith(".nii.gz")] == ["a.nii.gz"]
+
+
 @pytest.mark.parametrize("size", [0, 100, 400])
 @pytest.mark.parametrize("precision", ["stock", "fp32"])
 def test_a_full_disk_leaves_no_half_segmentation(precision, size, one_fold, images, tmp_path, full_disk, monkeypatch):
