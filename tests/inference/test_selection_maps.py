@@ -316,7 +316,7 @@ def test_the_segmentation_is_moved_into_place_last(guided, images, tmp_path, pre
     assert moved[-1] == str(tmp_path / "out" / "a.nii.gz")
 
 
-def test_maps_are_not_overwritten_unasked_and_none_is_left_beside_another_segmentation(
+def test_maps_are_not_replaced_unasked_and_none_is_left_beside_another_segmentation(
     guided, images, tmp_path, predict_here
 ):
     guided()
@@ -327,14 +327,14 @@ def test_maps_are_not_overwritten_unasked_and_none_is_left_beside_another_segmen
     before = content(out)
     with pytest.raises(UsageError, match=r"already holds selection_maps/a\.nii\.gz, selection_maps/a\.png"):
         predict_here(images, out, save_selection_maps=True)
-    with pytest.raises(UsageError, match=r"keep the selection maps of the old ones .* add --save_selection_maps"):
-        predict_here(images, out, overwrite=True)
     assert content(out) == before
     predict_here(images, out, save_selection_maps=True, overwrite=True)
     assert content(out).keys() == before.keys() | {"a.nii.gz", "b.nii.gz"}
+    predict_here(images, out, overwrite=True)
+    assert not list((out / "selection_maps").iterdir())
 
 
-def test_a_map_that_fails_leaves_the_files_of_its_case_as_they_were(
+def test_a_map_that_fails_leaves_neither_old_nor_new_files_of_its_case(
     guided, images, tmp_path, predict_here, monkeypatch
 ):
     folder = guided()
@@ -356,9 +356,7 @@ def test_a_map_that_fails_leaves_the_files_of_its_case_as_they_were(
     with pytest.raises(PredictionError, match="a: MemoryError: no room"):
         predict_here(images, out, save_selection_maps=True, overwrite=True)
     after = content(out)
-    assert after.keys() == before.keys()
-    for name in ("a.nii.gz", "selection_maps/a.nii.gz", "selection_maps/a.png"):
-        assert after[name] == before[name]
+    assert before.keys() - after.keys() == {"a.nii.gz", "selection_maps/a.nii.gz", "selection_maps/a.png"}
     for name in ("b.nii.gz", "selection_maps/b.nii.gz", "selection_maps/b.png"):
         assert after[name] != before[name]
 
