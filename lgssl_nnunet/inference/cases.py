@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel
+import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -113,18 +114,16 @@ def require_intact(file: Path) -> None:
 
 
 def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
-    """Return why a segmentation that is there cannot be kept: damaged, or of another size than its image; else None."""
+    """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None."""
     try:
         if file.name.endswith(_NIFTI_ENDINGS):
             require_whole(file)
         else:
             rules.reader().read_seg(str(file))
-        size, wanted = (_channels_and_size(path, rules)[1] for path in (file, image))
+        grid, wanted = (_channels_and_grid(path, rules)[1] for path in (file, image))
     except Exception as error:
         return f"cannot be read ({last_line(error)})"
-    if size != wanted:
-        return f"has {'x'.join(map(str, size))} voxels and its image {'x'.join(map(str, wanted))}"
-    return None
+    return next(iter(grid.differences(wanted, "its image")), None)
 
 
 def _from_file(file: Path, rules: ImageRules) -> _Findings:
@@ -202,7 +201,7 @@ def _wrong_ending(file: Path, rules: ImageRules) -> str:
 def _stored_channels(file: Path, rules: ImageRules) -> int | None:
     """Return how many channels a file holds, None if it cannot be read."""
     try:
-        return _channels_and_size(file, rules)[0]
+        return _channels_and_grid(file, rules)[0]
     except Exception:
         return None
 
@@ -212,7 +211,7 @@ def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list
     problems, sizes, channels = [], {}, 0
     for file in files:
         try:
-            stored, size = _channels_and_size(file, rules)
+            stored, grid = _channels_and_grid(file, rules)
             require_whole_nifti(file)
         except DatasetError as error:
             problems.append(f"{file}: {error}")
@@ -221,7 +220,7 @@ def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list
             problems.append(f"{file}: cannot be read ({last_line(error)}); write it again or remove it")
             continue
         channels += stored
-        sizes[file.name] = size
+        sizes[file.name] = grid.size
     if problems:
         return problems
     if len(set(sizes.values())) > 1:
@@ -232,25 +231,30 @@ def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list
     return []
 
 
-def _channels_and_size(file: Path, rules: ImageRules) -> tuple[int, tuple[int, ...]]:
-    """Return the number of channels in a file and its size in voxels, from the header where the format has one."""
+def _channels_and_grid(file: Path, rules: ImageRules) -> tuple[int, Geometry]:
+    """Return the number of channels in a file and its grid, from the header where the format has one.
+
+    Other formats keep no grid with the voxels: all of theirs have spacing 1.
+    """
     if not file.name.endswith(_ITK_ENDINGS):
         shape = rules.reader().read_images([str(file)])[0].shape
-        return int(shape[0]), tuple(int(n) for n in shape[1:])
+        return int(shape[0]), Geometry(tuple(int(n) for n in shape[1:]), (1.0,) * (len(shape) - 1))
     if file.name.endswith(_NIFTI_ENDINGS) and not issubclass(rules.reader, SimpleITKIO):
         image = nibabel.load(file)
-        size = tuple(int(n) for n in image.shape)
-        geometry = Geometry(size, tuple(nibabel.affines.voxel_sizes(image.affine)), tuple(image.affine.ravel()))
+        axes, spacing = image.affine[:3, :3], nibabel.affines.voxel_sizes(image.affine)
+        with np.errstate(invalid="ignore"):  # a spacing of 0 is told below
+            direction = tuple((axes / spacing).ravel())
+        geometry = Geometry(tuple(int(n) for n in image.shape), tuple(spacing), tuple(image.affine[:3, 3]), direction)
     else:
         header = sitk.ImageFileReader()
         header.SetFileName(str(file))
         header.ReadImageInformation()
-        size = tuple(int(n) for n in header.GetSize())
         if header.GetNumberOfComponents() > 1:
             raise DatasetError(f"each voxel is a vector of {header.GetNumberOfComponents()} numbers; save one per file")
+        size = tuple(int(n) for n in header.GetSize())
         geometry = Geometry(size, header.GetSpacing(), header.GetOrigin(), header.GetDirection())
     if geometry.fault:
         raise DatasetError(f"{geometry.fault}; correct its header or export it again")
-    if len(size) > 3:
-        raise DatasetError(f"the image has {len(size)} dimensions; save each channel as a file of its own")
-    return 1, size
+    if len(geometry.size) > 3:
+        raise DatasetError(f"the image has {len(geometry.size)} dimensions; save each channel as a file of its own")
+    return 1, geometry

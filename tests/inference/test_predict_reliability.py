@@ -118,10 +118,33 @@ def shrink(file: Path) -> None:
     sitk.WriteImage(sitk.ReadImage(str(file))[1:], str(file))
 
 
+def move(file: Path) -> None:
+    image = sitk.ReadImage(str(file))
+    image.SetOrigin((0.0, 0.0, 0.0))
+    sitk.WriteImage(image, str(file))
+
+
+def stretch(file: Path) -> None:
+    image = sitk.ReadImage(str(file))
+    image.SetSpacing((3.0, 3.0, 3.0))
+    sitk.WriteImage(image, str(file))
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
 @pytest.mark.parametrize(
-    ("damage", "message"), [(cut_off, "cannot be read"), (shrink, "has 19x16x14 voxels and its image 20x16x14")]
+    ("damage", "message"),
+    [
+        (cut_off, "cannot be read"),
+        (shrink, "has shape [19, 16, 14] and its image has [20, 16, 14]"),
+        (move, "has origin ["),
+        (stretch, "has spacing [3.0, 3.0, 3.0] mm and its image has [1.0, 1.25, 1.5] mm"),
+    ],
 )
-def test_a_damaged_segmentation_is_not_skipped(damage, message, trained, images, tmp_path, predict_here, caplog):
+def test_a_segmentation_that_is_damaged_or_on_another_grid_is_not_skipped(
+    damage, message, reader, model_maker, images, tmp_path, predict_here, caplog
+):
+    plans = model_maker() / "plans.json"
+    plans.write_text(plans.read_text().replace("SimpleITKIO", reader))
     out = tmp_path / "out"
     predict_here(images, out)
     whole = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
