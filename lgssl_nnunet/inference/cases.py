@@ -186,12 +186,34 @@ def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Fi
         if not problems and sum(_stored_channels(file, rules) or 1 for file in files) != len(rules.channel_names):
             wanted = ", ".join(rules.channel_names)
             problems.append(f"{name}: {len(files)} file(s) given, and the model needs the channels {wanted}")
+        problems += [] if problems else _naming_problems(files, rules)
         if name in found.files:
             problems.append(f"{name}: two cases have this name, so one segmentation would overwrite the other")
         found.problems += problems
         if not problems:
             found.files[name] = files
     return found
+
+
+def _naming_problems(files: Sequence[Path], rules: ImageRules) -> list[str]:
+    """Return where the names of a case's files, if they tell case and channel, contradict their places in the list."""
+    if len(files) < 2:
+        return []
+    named = [(place, file, *case_and_channel(file, rules.file_ending)) for place, file in enumerate(files)]
+    told = [entry for entry in named if entry[3] is not None]
+    problems = [
+        f"{file}: its name tells another case than {told[0][1].name}; list the channels of one case together"
+        for _, file, name, _ in told
+        if name != told[0][2]
+    ]
+    if not problems and len(files) == len(rules.channel_names):
+        problems = [
+            f"{file}: it is listed as {rules.channel(place)} and its name tells another channel; list the channels in "
+            "order or rename the file"
+            for place, file, _, channel in told
+            if channel != place
+        ]
+    return problems
 
 
 def _wrong_ending(file: Path, rules: ImageRules) -> str:
@@ -208,7 +230,7 @@ def _stored_channels(file: Path, rules: ImageRules) -> int | None:
 
 def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list[str]:
     """Return what is wrong with the files of one case, from their headers and sizes; `require_intact` reads them."""
-    problems, sizes, channels = [], {}, 0
+    problems, grids, channels = [], {}, 0
     for file in files:
         try:
             stored, grid = _channels_and_grid(file, rules)
@@ -220,12 +242,14 @@ def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list
             problems.append(f"{file}: cannot be read ({last_line(error)}); write it again or remove it")
             continue
         channels += stored
-        sizes[file.name] = grid.size
+        grids[file] = grid
     if problems:
         return problems
-    if len(set(sizes.values())) > 1:
-        shapes = ", ".join(f"{file} {'x'.join(map(str, size))}" for file, size in sizes.items())
-        return [f"{name}: the channels differ in shape: {shapes}"]
+    for file, grid in grids.items():
+        differences = grid.differences(grids[files[0]], files[0].name)
+        problems += [f"{file.name}: {what}; re-export or resample the channels together" for what in differences]
+    if problems:
+        return problems
     if channels != len(rules.channel_names):
         return [f"{name}: the files hold {channels} channels, and the model needs {len(rules.channel_names)}"]
     return []
