@@ -254,6 +254,7 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     f"{NNUNET_PREDICTOR}.manual_initialization": (f"{PREDICTOR}.manual_initialization",),
     f"{NNUNET_PREDICTOR}.predict_logits_from_preprocessed_data": (
+        f"{PREDICTOR}.predict_logits_from_preprocessed_data",
         f"{PREDICTOR}._logits",
         f"{PSEUDO_LABELS}: _label_map",
     ),

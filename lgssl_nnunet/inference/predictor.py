@@ -74,6 +74,12 @@ class _Outcome:
     died: list[Case] = field(default_factory=list)
 
 
+class LogitsError(LGSSLError):
+    """The network gives logits that are no numbers."""
+
+    exit_code = 1
+
+
 class LGSSLPredictor(nnUNetPredictor):
     """nnU-Net's predictor; with precision "stock" its arithmetic is untouched.
 
@@ -266,6 +272,26 @@ class LGSSLPredictor(nnUNetPredictor):
         """
         return {} if case.is_segmented else {"logits": self._logits(data)}, properties
 
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """Return the logits (C, X, Y, Z) of a preprocessed image (M, X, Y, Z), in fp32 where half precision overflows.
+
+        Raises:
+            LogitsError: the network gives NaN or infinity, of which a decision would make background.
+        """
+        logits = super().predict_logits_from_preprocessed_data(data)
+        if _are_finite(logits):
+            return logits
+        if self.precision not in _HALF:
+            remedy = "use --precision fp32" if self.precision == "stock" else "look for extreme values in the image"
+            raise LogitsError(f"The network gives NaN or infinity in precision {self.precision}; {remedy}.")
+        del logits
+        logger.warning("The network gives NaN or infinity in %s; the case is predicted again in fp32.", self.precision)
+        precision, self.precision = self.precision, "fp32"
+        try:
+            return self.predict_logits_from_preprocessed_data(data)
+        finally:
+            self.precision = precision
+
     def _logits(self, data: np.ndarray) -> np.ndarray:
         """Return the logits (C, X, Y, Z) of a preprocessed image (M, X, Y, Z)."""
         return self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
@@ -340,6 +366,11 @@ class LGSSLPredictor(nnUNetPredictor):
 
     def _memory_format(self, configuration_manager: ConfigurationManager) -> torch.memory_format:
         return preferred_memory_format(self.device, len(configuration_manager.patch_size))
+
+
+def _are_finite(logits: Tensor) -> bool:
+    """Whether no logit (C, X, Y, Z) is NaN or infinite, without another array of that size."""
+    return all(bool(torch.stack(channel.aminmax()).isfinite().all()) for channel in logits)
 
 
 def _behind_channels(axes: Sequence[int]) -> tuple[int, ...]:

@@ -191,6 +191,46 @@ def test_a_failing_case_is_named_and_the_others_are_written(one_fold, images, im
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz", "d.nii.gz"]
 
 
+def poison(predictor, value, is_poisoned) -> None:
+    """Have the network give a voxel that is no number where `is_poisoned` says so of its output."""
+
+    def spoil(network, inputs, output):
+        if is_poisoned(output):
+            output[:, 1, 8, 8, 8] = value
+        return output
+
+    predictor.network.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("precision", ["stock", "fp32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_case_whose_logits_are_no_numbers_fails_alone(value, precision, one_fold, images, tmp_path):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    predictor, seen = load(folder, precision=precision, perform_everything_on_device=False), []
+    poison(predictor, value, lambda output: not seen and not seen.append(output.shape))  # the first window of case a
+    failures = predictor.predict_files(cases_in(images, tmp_path / "out"))
+    assert list(failures) == ["a"]
+    message = {"stock": "use --precision fp32", "fp32": "look for extreme values in the image"}[precision]
+    nnunets_own = (precision, value) == ("stock", np.inf)
+    assert ("Encountered inf" if nnunets_own else f"in precision {precision}; {message}") in failures["a"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
+
+
+def test_what_overflows_in_half_precision_is_predicted_again_in_fp32(one_fold, monkeypatch, caplog):
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: True)
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    bf16, fp32 = (load(folder, precision=precision) for precision in ("bf16", "fp32"))
+    poison(bf16, np.inf, lambda output: output.dtype == torch.bfloat16)
+    image = torch.randn(1, 16, 16, 24)
+    assert torch.equal(*[predictor.predict_logits_from_preprocessed_data(image) for predictor in (bf16, fp32)])
+    assert "NaN or infinity in bf16; the case is predicted again in fp32" in caplog.text
+    assert bf16.precision == "bf16"
+    poison(bf16, np.inf, lambda output: True)
+    with pytest.raises(module.LogitsError, match="in precision fp32; look for extreme values"):
+        bf16.predict_logits_from_preprocessed_data(image)
+    assert bf16.precision == "bf16"
+
+
 def test_an_export_that_fails_leaves_no_partial_file(one_fold, images, tmp_path, monkeypatch):
     def fail(*arguments):
         (tmp_path / "out").joinpath("seen").touch()
