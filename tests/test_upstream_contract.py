@@ -127,7 +127,10 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{UTILITIES}/collate_outputs.py: collate_outputs": (f"{BASE}.on_train_epoch_end",),
     f"{UTILITIES}/crossval_split.py: generate_crossval_split": ("plans/folds.py: fold_cases",),
     f"{UTILITIES}/default_n_proc_DA.py: get_allowed_n_proc_DA": (f"{BASE}._start",),
-    f"{UTILITIES}/helpers.py: empty_cache": (f"{BASE}.on_train_start",),
+    f"{UTILITIES}/helpers.py: empty_cache": (
+        f"{BASE}.on_train_start",
+        f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
+    ),
     # Commands of nnU-Net that ours mirror or hand over to, and how they find our trainers.
     "nnunetv2/run/run_training.py: get_trainer_from_args": (f"{TRAINING}: _build",),
     "nnunetv2/run/run_training.py: maybe_load_checkpoint": (f"{TRAINING}: _load_weights",),
@@ -261,17 +264,13 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{NNUNET_PREDICTOR}.predict_sliding_window_return_logits": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
     ),
-    f"{NNUNET_PREDICTOR}._internal_get_sliding_window_slicers": (
-        f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
-    ),
+    f"{NNUNET_PREDICTOR}._internal_get_sliding_window_slicers": (f"{PREDICTOR}._sum_of_windows",),
     f"{NNUNET_PREDICTOR}._internal_predict_sliding_window_return_logits": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
     ),
     f"{NNUNET_PREDICTOR}._internal_maybe_mirror_and_predict": (f"{PREDICTOR}._predict_views",),
     f"{NNUNET_PREDICTOR}.predict_from_files_sequential": (f"{PREDICTOR}.predict_files",),
-    "nnunetv2/inference/sliding_window_prediction.py: compute_gaussian": (
-        f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
-    ),
+    "nnunetv2/inference/sliding_window_prediction.py: compute_gaussian": (f"{PREDICTOR}._sum_of_windows",),
     "nnunetv2/inference/export_prediction.py: export_prediction_from_logits": (
         "lgssl_nnunet/inference/predictor.py: _export",
     ),

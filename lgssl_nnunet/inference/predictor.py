@@ -14,6 +14,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -337,6 +339,16 @@ class LGSSLPredictor(nnUNetPredictor):
         if self.precision == "stock":
             return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
         device = self.device if do_on_device else torch.device("cpu")
+        try:
+            return self._sum_of_windows(data, slicers, device)
+        except RuntimeError as error:
+            # nnU-Net tries again in RAM while it handles the error, whose traceback holds the arrays of this try.
+            clear_frames(error.__traceback__)
+            empty_cache(self.device)
+            raise
+
+    def _sum_of_windows(self, data: Tensor, slicers: Sequence[tuple], device: torch.device) -> Tensor:
+        """Return the mean of mirrored and overlapping windows, weighted by their distance from the window's border."""
         window = compute_gaussian(tuple(self.configuration_manager.patch_size), dtype=torch.float32, device=device)
         logits = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
         weight = torch.zeros(data.shape[1:], device=device)

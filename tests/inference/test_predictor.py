@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
+import weakref
 
 import nibabel
 import numpy as np
@@ -229,6 +231,30 @@ def test_what_overflows_in_half_precision_is_predicted_again_in_fp32(one_fold, m
     with pytest.raises(module.LogitsError, match="in precision fp32; look for extreme values"):
         bf16.predict_logits_from_preprocessed_data(image)
     assert bf16.precision == "bf16"
+
+
+def test_the_second_try_in_ram_finds_the_memory_of_the_first_one_free(one_fold):
+    """What torch.OutOfMemoryError leads to on a GPU: nnU-Net predicts again with the logits in RAM."""
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    predictor = load(folder, precision="fp32")
+    predictor.perform_everything_on_device = True  # nnU-Net switches it off for the CPU
+    held, alive, forward = [], [], predictor.network.forward
+
+    def run_out(batch):
+        if len(held) < 2:
+            tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+            logits = [tensor for tensor in tensors if tensor.shape == (3, 16, 16, 40)]
+            held.append([weakref.ref(tensor) for tensor in (*logits, batch)])
+            if len(held) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        elif not alive:
+            alive.append(sum(reference() is not None for references in held for reference in references))
+        return forward(batch)
+
+    predictor.network.forward = run_out
+    assert predictor.predict_logits_from_preprocessed_data(torch.randn(1, 16, 16, 40)).isfinite().all()
+    assert [len(references) for references in held] == [2, 2]
+    assert alive == [0]
 
 
 def test_an_export_that_fails_leaves_no_partial_file(one_fold, images, tmp_path, monkeypatch):
