@@ -11,7 +11,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import clear_frames
@@ -373,11 +373,30 @@ class LGSSLPredictor(nnUNetPredictor):
     def _autocast(self) -> AbstractContextManager:
         if self.precision in _HALF:
             return torch.autocast(self.device.type, dtype=_HALF[self.precision])
-        # nnU-Net opens an fp16 autocast around the sliding window on CUDA; fp32 closes it again.
-        return torch.autocast("cuda", enabled=False) if self.device.type == "cuda" else nullcontext()
+        return _exact_on_cuda() if self.device.type == "cuda" else nullcontext()
 
     def _memory_format(self, configuration_manager: ConfigurationManager) -> torch.memory_format:
         return preferred_memory_format(self.device, len(configuration_manager.patch_size))
+
+
+@contextmanager
+def _exact_on_cuda() -> Iterator[None]:
+    """Compute in fp32: without the fp16 autocast that nnU-Net opens around the sliding window, and without TF32.
+
+    TF32, which cuDNN takes for convolutions unless told otherwise, rounds what is multiplied to 10 bits.
+    """
+    cudnn = torch.backends.cudnn
+    # Since torch 2.9 convolutions have a switch of their own; where it was used, reading the older one may fail.
+    switch, name, exact = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
+    before = getattr(switch, name)
+    setattr(switch, name, exact)
+    try:
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        setattr(switch, name, before)
 
 
 def _are_finite(logits: Tensor) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import weakref
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -216,6 +217,28 @@ def test_a_case_whose_logits_are_no_numbers_fails_alone(value, precision, one_fo
     nnunets_own = (precision, value) == ("stock", np.inf)
     assert ("Encountered inf" if nnunets_own else f"in precision {precision}; {message}") in failures["a"]
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
+
+
+@pytest.mark.parametrize("has_own_switch", [True, False])
+def test_fp32_on_cuda_is_without_tf32_and_leaves_cudnn_as_it_was(has_own_switch, monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", cudnn.benchmark)  # nnU-Net switches it on and leaves it
+    if not has_own_switch:  # as before torch 2.9
+        cudnn = SimpleNamespace(allow_tf32=True, benchmark=True)
+        monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+
+    def state():
+        return (cudnn.conv.fp32_precision if has_own_switch else cudnn.allow_tf32), cudnn.benchmark
+
+    predictor = LGSSLPredictor(torch.device("cuda"), precision="fp32", progress=False)
+    before = state()
+    assert before[0] not in ("ieee", False)
+    with predictor._autocast():
+        assert state() == ("ieee" if has_own_switch else False, before[1])
+    assert state() == before
+    with predictor._autocast(), pytest.raises(MemoryError), predictor._autocast():
+        raise MemoryError
+    assert state() == before
 
 
 def test_what_overflows_in_half_precision_is_predicted_again_in_fp32(one_fold, monkeypatch, caplog):
