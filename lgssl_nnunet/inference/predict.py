@@ -163,19 +163,17 @@ def predict(
         progress=progress and sys.stderr.isatty(),
     )
     predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint, classes)
-    records = _records(chosen, predictor, classes)
     options = {
         "save_probabilities": save_probabilities,
         "num_processes_preprocessing": num_processes_preprocessing,
         "num_processes_segmentation_export": num_processes_segmentation_export,
     }
+    records = _records(chosen, predictor, classes)
     call = _Call(output, cases, all_cases, records, overwrite, continue_prediction, save_selection_maps)
     with _reserved(call, part_id, num_parts):
         todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
         logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
-        write_json(_arguments(todo, output, options), output / "predict_from_raw_data_args.json")
-        _predict_all(predictor, todo, options)
-    logger.info("Segmentations are in %s", output)
+        _predict_all(predictor, todo, output, options)
     return [case.output for case in cases]
 
 
@@ -218,18 +216,20 @@ def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> 
     }
 
 
-def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], options: dict[str, Any]) -> None:
+def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], output: Path, options: dict[str, Any]) -> None:
     """Segment the cases, one alone without worker processes, and raise at the end if some failed."""
+    write_json(_arguments(cases, output, options), output / "predict_from_raw_data_args.json")
     for case in cases:
         remove_leftovers(case)
     if len(cases) == 1:
         options = {**options, "num_processes_preprocessing": 0, "num_processes_segmentation_export": 0}
     failures = predictor.predict_files(cases, **options)
     if failures:
-        warn_if_disk_is_full(cases[0].output.parent)
+        warn_if_disk_is_full(output)
         listing = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         written = len(cases) - len(failures)
         raise PredictionError(f"{len(failures)} case(s) failed, {written} are written:\n{listing}")
+    logger.info("Segmentations are in %s", output)
 
 
 def _check_arguments(

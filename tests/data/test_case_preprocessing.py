@@ -133,9 +133,7 @@ def test_a_scan_of_which_resampling_leaves_nothing_is_refused_in_a_sentence(case
     volumes = [sitk.ReadImage(file) for file in images]
     for file, volume in zip(images, volumes, strict=True):
         sitk.WriteImage(volume[:, :, 5:6], file)
-    message = (
-        r"case_0000\.nii\.gz: the scan is 2 mm thick .* a voxel of the plans 5 mm, so resampling"
-    )
+    message = r"case_0000\.nii\.gz: the scan is 2 mm thick .* a voxel of the plans 5 mm, so resampling"
     with pytest.raises(DatasetError, match=message):
         preprocess(images, None, recipe_of(*plans(spacing=(1.0, 5.0, 1.2))))
     assert preprocess(images, None, recipe_of(*plans(spacing=(1.0, 3.0, 1.2)))).image.shape[2] == 1
