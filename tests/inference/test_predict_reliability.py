@@ -130,7 +130,7 @@ def stretch(file: Path) -> None:
     sitk.WriteImage(image, str(file))
 
 
-@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
