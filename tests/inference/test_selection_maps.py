@@ -206,15 +206,14 @@ def test_two_dimensional_models_make_maps_of_volumes_and_of_planes(
     predict_here(volume, tmp_path / "out", save_selection_maps=True)
     require_same_geometry(tmp_path / "out" / "selection_maps" / "a.nii.gz", volume)
     plane = image_maker(tmp_path / "plane" / "b_0000.nii.gz", size=(16, 16))
-    options = {"disable_tta": True, "overwrite": True, "precision": "fp32"}
-    predict_here(plane, tmp_path / "out", save_selection_maps=True, **options)
-    file = tmp_path / "out" / "selection_maps" / "b.nii.gz"
+    predict_here(plane, tmp_path / "flat", save_selection_maps=True, disable_tta=True, precision="fp32")
+    file = tmp_path / "flat" / "selection_maps" / "b.nii.gz"
     require_same_geometry(file, plane)
     image = voxels(plane)
     expected = enlarged(network(folder), torch.from_numpy((image - image.mean()) / image.std())[None, None])
     np.testing.assert_allclose(voxels(file), expected, atol=2e-4)
-    for case in "ab":
-        with Image.open(tmp_path / "out" / "selection_maps" / f"{case}.png") as picture:
+    for picture_file in ("out/selection_maps/a.png", "flat/selection_maps/b.png"):
+        with Image.open(tmp_path / picture_file) as picture:
             picture.load()
 
 
