@@ -127,7 +127,10 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{UTILITIES}/collate_outputs.py: collate_outputs": (f"{BASE}.on_train_epoch_end",),
     f"{UTILITIES}/crossval_split.py: generate_crossval_split": ("plans/folds.py: fold_cases",),
     f"{UTILITIES}/default_n_proc_DA.py: get_allowed_n_proc_DA": (f"{BASE}._start",),
-    f"{UTILITIES}/helpers.py: empty_cache": (f"{BASE}.on_train_start",),
+    f"{UTILITIES}/helpers.py: empty_cache": (
+        f"{BASE}.on_train_start",
+        f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
+    ),
     # Commands of nnU-Net that ours mirror or hand over to, and how they find our trainers.
     "nnunetv2/run/run_training.py: get_trainer_from_args": (f"{TRAINING}: _build",),
     "nnunetv2/run/run_training.py: maybe_load_checkpoint": (f"{TRAINING}: _load_weights",),
@@ -142,8 +145,8 @@ WATCHED: dict[str, tuple[str, ...]] = {
     f"{NNUNET_LOADER}.__init__": (f"{LOADER}.__init__", f"{BASE}._labeled_loader"),
     f"{NNUNET_LOADER}.get_bbox": (LOADER, f"{DATASET}.load_case"),
     f"{NNUNET_LOADER}.generate_train_batch": (f"{BATCHES}.batch", f"{DATASET}.load_case", f"{VIEWS}.apply"),
-    f"{DATASETS}: nnUNetBaseDataset.__init__": (DATASET,),
-    f"{DATASETS}: nnUNetDatasetBlosc2.__init__": (DATASET,),
+    f"{DATASETS}: nnUNetBaseDataset.__init__": (f"{DATASET}.__init__",),
+    f"{DATASETS}: nnUNetDatasetBlosc2.__init__": (f"{DATASET}.__init__",),
     f"{DATASETS}: nnUNetDatasetBlosc2.load_case": (f"{DATASET}.load_case",),
     f"{DATASETS}: nnUNetDatasetBlosc2.get_identifiers": (f"{DATASET}.get_identifiers",),
     f"{DATASETS}: nnUNetDatasetBlosc2.save_case": ("plans/preprocessing.py: _save",),
@@ -254,23 +257,20 @@ WATCHED: dict[str, tuple[str, ...]] = {
     ),
     f"{NNUNET_PREDICTOR}.manual_initialization": (f"{PREDICTOR}.manual_initialization",),
     f"{NNUNET_PREDICTOR}.predict_logits_from_preprocessed_data": (
+        f"{PREDICTOR}.predict_logits_from_preprocessed_data",
         f"{PREDICTOR}._logits",
         f"{PSEUDO_LABELS}: _label_map",
     ),
     f"{NNUNET_PREDICTOR}.predict_sliding_window_return_logits": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
     ),
-    f"{NNUNET_PREDICTOR}._internal_get_sliding_window_slicers": (
-        f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
-    ),
+    f"{NNUNET_PREDICTOR}._internal_get_sliding_window_slicers": (f"{PREDICTOR}._sum_of_windows",),
     f"{NNUNET_PREDICTOR}._internal_predict_sliding_window_return_logits": (
         f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
     ),
     f"{NNUNET_PREDICTOR}._internal_maybe_mirror_and_predict": (f"{PREDICTOR}._predict_views",),
     f"{NNUNET_PREDICTOR}.predict_from_files_sequential": (f"{PREDICTOR}.predict_files",),
-    "nnunetv2/inference/sliding_window_prediction.py: compute_gaussian": (
-        f"{PREDICTOR}._internal_predict_sliding_window_return_logits",
-    ),
+    "nnunetv2/inference/sliding_window_prediction.py: compute_gaussian": (f"{PREDICTOR}._sum_of_windows",),
     "nnunetv2/inference/export_prediction.py: export_prediction_from_logits": (
         "lgssl_nnunet/inference/predictor.py: _export",
     ),

@@ -63,7 +63,11 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
         help="write only these classes (or regions), with their values in dataset.json; decided over all classes, "
         "what the others win becomes background (default: all)",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace segmentations that OUTPUT already holds")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace segmentations that OUTPUT already holds; they are removed before the new ones are made",
+    )
     group.add_argument(
         "--continue_prediction",
         "--c",

@@ -28,6 +28,7 @@ from threadpoolctl import threadpool_limits
 from lgssl_nnunet.data.cropping import nonzero_box, outside
 from lgssl_nnunet.data.partial_labels import PartialLabel
 from lgssl_nnunet.data.resampling import nearest_axis, new_shape, resample_image, resample_labels
+from lgssl_nnunet.errors import DatasetError
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -104,8 +105,8 @@ def recipe_of(
     usual = (
         planned["preprocessor_name"] == _PREPROCESSOR
         and {planned["resampling_fn_data"], planned["resampling_fn_seg"]} == {_RESAMPLING}
-        and _is_usual(image_options, _IMAGE_ORDERS)
-        and _is_usual(label_options, _LABEL_ORDERS)
+        and has_usual_options(image_options, _IMAGE_ORDERS)
+        and has_usual_options(label_options, _LABEL_ORDERS)
         and _SCHEMES.keys() >= set(planned["normalization_schemes"])
     )
     if not usual:
@@ -126,7 +127,8 @@ def recipe_of(
     )
 
 
-def _is_usual(options: Mapping[str, Any], orders: Mapping[str, Any]) -> bool:
+def has_usual_options(options: Mapping[str, Any], orders: Mapping[str, Any]) -> bool:
+    """Whether the options of nnU-Net's resampling are these orders and `force_separate_z`, no more and no less."""
     return set(options) == {*orders, "force_separate_z"} and options | orders == options
 
 
@@ -148,6 +150,7 @@ def preprocess(
 
     Raises:
         ValueError: image and label differ in shape.
+        DatasetError: the image is so thin that resampling leaves no voxel.
     """
     image, labels, properties = _read(images, label, recipe)
     labels = labels if partial is None else partial.read(labels)
@@ -167,6 +170,7 @@ def preprocess(
 
     target = recipe.spacing if len(recipe.spacing) == len(spacing) else (spacing[0], *recipe.spacing)
     shape = new_shape(image.shape[1:], spacing, target)
+    _require_voxels(shape, image.shape[1:], spacing, target, images[0])
     nearest = [nearest_axis(spacing, target, forced) for forced in recipe.force_separate_z]
     image = _resampled(image, shape, nearest[0])
     if labels is not None:
@@ -191,6 +195,17 @@ def clear_outside(image: np.ndarray, label: np.ndarray, masked: Sequence[bool]) 
     """
     for channel in np.flatnonzero(masked):
         image[channel][label < 0] = 0
+
+
+def _require_voxels(
+    shape: Sequence[int], old_shape: Sequence[int], spacing: Sequence[float], target: Sequence[float], file: Path | str
+) -> None:
+    for axis, length in enumerate(shape):
+        if length < 1:
+            raise DatasetError(
+                f"{file}: the scan is {old_shape[axis] * spacing[axis]:g} mm thick within its border of zeros, and a "
+                f"voxel of the plans {target[axis]:g} mm, so resampling would leave nothing; leave it out."
+            )
 
 
 def hide_locations(properties: dict[str, Any], partial: PartialLabel) -> None:

@@ -1,25 +1,31 @@
-"""Turns a file, a folder or lists of files into cases, and finds everything wrong with them before any work starts."""
+"""Turns a file, a folder or lists of files into cases, and finds what is wrong with them.
+
+Names, headers and sizes are checked before any work starts, voxels when a case is read.
+"""
 
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel
+import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.volumes import (
-    count_stored_not_finite,
+    count_not_finite_if_whole,
     last_line,
     require_whole,
     require_whole_nifti,
 )
 from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.plans.sidedness import LeftRight
 
 Inputs = str | Path | Sequence[Sequence[str | Path]]
 
@@ -38,11 +44,13 @@ class ImageRules:
         channel_names: one per channel, in order.
         file_ending: for example `.nii.gz`.
         reader: the reader of the model's plans.
+        left_right: how its own images lay, where its classes have sides.
     """
 
     channel_names: tuple[str, ...]
     file_ending: str
     reader: type[BaseReaderWriter]
+    left_right: LeftRight | None = None
 
     def channel(self, index: int) -> str:
         """Return how a channel is called and how its files end, for messages."""
@@ -68,7 +76,7 @@ def collect_images(inputs: Inputs, rules: ImageRules) -> dict[str, tuple[Path, .
 
     Raises:
         DatasetError: all problems together: nothing to predict, wrong file ending, missing or surplus channels,
-            files that cannot be read.
+            files whose header cannot be read or that end too early.
     """
     if isinstance(inputs, (str, Path)):
         source = Path(inputs).expanduser()
@@ -94,30 +102,31 @@ def case_and_channel(file: Path, file_ending: str) -> tuple[str, int | None]:
     return (match.group(1), int(match.group(2))) if match else (stem, None)
 
 
-def require_finite(file: Path) -> None:
-    """Raise if a NIfTI file holds NaN or infinite voxels: ITK reads them as 0 without a word.
+def require_intact(file: Path) -> None:
+    """Raise if a NIfTI file is damaged or holds NaN or infinite voxels: ITK reads 0 for them without a word.
 
     Raises:
-        DatasetError: with the number of such voxels.
+        DatasetError: with what is wrong, or the number of such voxels.
     """
-    wrong = count_stored_not_finite(file)
+    try:
+        wrong = count_not_finite_if_whole(file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{file}: cannot be read ({last_line(error)}); copy or export it again.") from None
     if wrong:
         raise DatasetError(f"{file}: {wrong} voxels are NaN or infinite; replace them, for example with background.")
 
 
 def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
-    """Return why a segmentation that is there cannot be kept: damaged, or of another size than its image; else None."""
+    """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None."""
     try:
         if file.name.endswith(_NIFTI_ENDINGS):
             require_whole(file)
         else:
             rules.reader().read_seg(str(file))
-        size, wanted = (_channels_and_size(path, rules)[1] for path in (file, image))
+        grid, wanted = (_channels_and_grid(path, rules)[1] for path in (file, image))
     except Exception as error:
         return f"cannot be read ({last_line(error)})"
-    if size != wanted:
-        return f"has {'x'.join(map(str, size))} voxels and its image {'x'.join(map(str, wanted))}"
-    return None
+    return next(iter(grid.differences(wanted, "its image")), None)
 
 
 def _from_file(file: Path, rules: ImageRules) -> _Findings:
@@ -180,12 +189,34 @@ def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Fi
         if not problems and sum(_stored_channels(file, rules) or 1 for file in files) != len(rules.channel_names):
             wanted = ", ".join(rules.channel_names)
             problems.append(f"{name}: {len(files)} file(s) given, and the model needs the channels {wanted}")
+        problems += [] if problems else _naming_problems(files, rules)
         if name in found.files:
             problems.append(f"{name}: two cases have this name, so one segmentation would overwrite the other")
         found.problems += problems
         if not problems:
             found.files[name] = files
     return found
+
+
+def _naming_problems(files: Sequence[Path], rules: ImageRules) -> list[str]:
+    """Return where the names of a case's files, if they tell case and channel, contradict their places in the list."""
+    if len(files) < 2:
+        return []
+    named = [(place, file, *case_and_channel(file, rules.file_ending)) for place, file in enumerate(files)]
+    told = [entry for entry in named if entry[3] is not None]
+    problems = [
+        f"{file}: its name tells another case than {told[0][1].name}; list the channels of one case together"
+        for _, file, name, _ in told
+        if name != told[0][2]
+    ]
+    if not problems and len(files) == len(rules.channel_names):
+        problems = [
+            f"{file}: it is listed as {rules.channel(place)} and its name tells another channel; list the channels in "
+            "order or rename the file"
+            for place, file, _, channel in told
+            if channel != place
+        ]
+    return problems
 
 
 def _wrong_ending(file: Path, rules: ImageRules) -> str:
@@ -195,17 +226,17 @@ def _wrong_ending(file: Path, rules: ImageRules) -> str:
 def _stored_channels(file: Path, rules: ImageRules) -> int | None:
     """Return how many channels a file holds, None if it cannot be read."""
     try:
-        return _channels_and_size(file, rules)[0]
+        return _channels_and_grid(file, rules)[0]
     except Exception:
         return None
 
 
 def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list[str]:
-    """Return what is wrong with the files of one case, from their headers and sizes."""
-    problems, sizes, channels = [], {}, 0
+    """Return what is wrong with the files of one case, from their headers and sizes; `require_intact` reads them."""
+    problems, grids, channels = [], {}, 0
     for file in files:
         try:
-            stored, size = _channels_and_size(file, rules)
+            stored, grid = _channels_and_grid(file, rules)
             require_whole_nifti(file)
         except DatasetError as error:
             problems.append(f"{file}: {error}")
@@ -214,36 +245,43 @@ def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list
             problems.append(f"{file}: cannot be read ({last_line(error)}); write it again or remove it")
             continue
         channels += stored
-        sizes[file.name] = size
+        grids[file] = grid
     if problems:
         return problems
-    if len(set(sizes.values())) > 1:
-        shapes = ", ".join(f"{file} {'x'.join(map(str, size))}" for file, size in sizes.items())
-        return [f"{name}: the channels differ in shape: {shapes}"]
+    for file, grid in grids.items():
+        differences = grid.differences(grids[files[0]], files[0].name)
+        problems += [f"{file.name}: {what}; re-export or resample the channels together" for what in differences]
+    if problems:
+        return problems
     if channels != len(rules.channel_names):
         return [f"{name}: the files hold {channels} channels, and the model needs {len(rules.channel_names)}"]
     return []
 
 
-def _channels_and_size(file: Path, rules: ImageRules) -> tuple[int, tuple[int, ...]]:
-    """Return the number of channels in a file and its size in voxels, from the header where the format has one."""
+def _channels_and_grid(file: Path, rules: ImageRules) -> tuple[int, Geometry]:
+    """Return the number of channels in a file and its grid, from the header where the format has one.
+
+    Other formats keep no grid with the voxels: all of theirs have spacing 1.
+    """
     if not file.name.endswith(_ITK_ENDINGS):
         shape = rules.reader().read_images([str(file)])[0].shape
-        return int(shape[0]), tuple(int(n) for n in shape[1:])
+        return int(shape[0]), Geometry(tuple(int(n) for n in shape[1:]), (1.0,) * (len(shape) - 1))
     if file.name.endswith(_NIFTI_ENDINGS) and not issubclass(rules.reader, SimpleITKIO):
         image = nibabel.load(file)
-        size = tuple(int(n) for n in image.shape)
-        geometry = Geometry(size, tuple(nibabel.affines.voxel_sizes(image.affine)), tuple(image.affine.ravel()))
+        axes, spacing = image.affine[:3, :3], nibabel.affines.voxel_sizes(image.affine)
+        with np.errstate(invalid="ignore"):  # a spacing of 0 is told below
+            direction = tuple((axes / spacing).ravel())
+        geometry = Geometry(tuple(int(n) for n in image.shape), tuple(spacing), tuple(image.affine[:3, 3]), direction)
     else:
         header = sitk.ImageFileReader()
         header.SetFileName(str(file))
         header.ReadImageInformation()
-        size = tuple(int(n) for n in header.GetSize())
         if header.GetNumberOfComponents() > 1:
             raise DatasetError(f"each voxel is a vector of {header.GetNumberOfComponents()} numbers; save one per file")
+        size = tuple(int(n) for n in header.GetSize())
         geometry = Geometry(size, header.GetSpacing(), header.GetOrigin(), header.GetDirection())
     if geometry.fault:
         raise DatasetError(f"{geometry.fault}; correct its header or export it again")
-    if len(size) > 3:
-        raise DatasetError(f"the image has {len(size)} dimensions; save each channel as a file of its own")
-    return 1, size
+    if len(geometry.size) > 3:
+        raise DatasetError(f"the image has {len(geometry.size)} dimensions; save each channel as a file of its own")
+    return 1, geometry

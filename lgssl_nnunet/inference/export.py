@@ -18,6 +18,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import determine_do_se
 from torch import Tensor
 from torch.nn import functional
 
+from lgssl_nnunet.data.preprocessing import has_usual_options
 from lgssl_nnunet.inference.classes import ChosenClasses
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def can_export_by_slabs(configuration_manager: ConfigurationManager) -> bool:
     """Return whether the plans resample probabilities as nnU-Net does by default: linear, nearest between slices."""
     planned = configuration_manager.configuration
     options = planned["resampling_fn_probabilities_kwargs"]
-    return planned["resampling_fn_probabilities"] == _RESAMPLING and options | _ORDERS == options
+    return planned["resampling_fn_probabilities"] == _RESAMPLING and has_usual_options(options, _ORDERS)
 
 
 def write_segmentation(
@@ -75,7 +76,7 @@ def nearest_axis(
     image = [properties["spacing"][axis] for axis in plans_manager.transpose_forward]
     planned = list(configuration_manager.spacing)
     network = planned if len(planned) == len(image) else [image[0], *planned]  # a 2D plan leaves the slices alone
-    forced = configuration_manager.configuration["resampling_fn_probabilities_kwargs"].get("force_separate_z")
+    forced = configuration_manager.configuration["resampling_fn_probabilities_kwargs"]["force_separate_z"]
     return determine_do_sep_z_and_axis(forced, network, image)[1]
 
 

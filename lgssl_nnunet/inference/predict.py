@@ -9,7 +9,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,29 @@ class PredictionError(LGSSLError):
     """Some cases could not be segmented; the message names each with its reason."""
 
     exit_code = 1
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call wants with its output folder.
+
+    Attributes:
+        output: the folder.
+        cases: those of this part.
+        all_cases: those of all parts.
+        records: the files that say what made the segmentations, by name.
+        overwrite: replace what is there.
+        continue_prediction: keep what is there.
+        save_selection_maps: selection maps are written as well.
+    """
+
+    output: Path
+    cases: Sequence[Case]
+    all_cases: Sequence[Case]
+    records: dict[str, dict[str, Any]]
+    overwrite: bool
+    continue_prediction: bool
+    save_selection_maps: bool
 
 
 def predict(
@@ -98,9 +121,9 @@ def predict(
         save_selection_maps: also write `selection_maps/<case><ending>`, where the text-vision fusion of LGSSLTrainer
             lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
             `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
-        continue_prediction: skip cases that `output` already holds, whole and of their image's size. Where only the
+        continue_prediction: skip cases that `output` already holds, whole and on their image's grid. Where only the
             selection map is missing, it is made and the segmentation stays.
-        overwrite: replace what `output` already holds.
+        overwrite: replace what `output` already holds of the cases; it is removed before they are predicted.
         num_processes_preprocessing: worker processes that read and resample images.
         num_processes_segmentation_export: worker processes that resample and write; 0 and 0: all in this process.
         num_parts: split the cases over this many calls.
@@ -130,9 +153,8 @@ def predict(
     chosen = select_model(model_folder, dataset, trainer, plans, configuration, folds, checkpoint)
     rules, classes = _announce(chosen, classes)
     output = Path(output).expanduser()
-    cases = _cases(input, output, rules, save_selection_maps)[part_id::num_parts]
-    images = [case.files[0] for case in cases]
-    require_same_sides(images, chosen.model.read_json("plans.json"), rules.reader.__name__)
+    all_cases = _cases(input, output, rules, save_selection_maps)
+    cases = all_cases[part_id::num_parts]
     predictor = (SelectionMapPredictor if save_selection_maps else LGSSLPredictor)(
         device,
         precision=precision,
@@ -143,18 +165,17 @@ def predict(
         progress=progress and sys.stderr.isatty(),
     )
     predictor.load_model(chosen.folder, chosen.folds, chosen.checkpoint, trust_checkpoint, classes)
-    records = _records(chosen, predictor, classes)
     options = {
         "save_probabilities": save_probabilities,
         "num_processes_preprocessing": num_processes_preprocessing,
         "num_processes_segmentation_export": num_processes_segmentation_export,
     }
-    with _reserved(part_id, num_parts, output, cases, records, overwrite, continue_prediction, save_selection_maps):
+    records = _records(chosen, predictor, classes)
+    call = _Call(output, cases, all_cases, records, overwrite, continue_prediction, save_selection_maps)
+    with _reserved(call, part_id, num_parts):
         todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
         logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
-        _write_records(records | {"predict_from_raw_data_args.json": _arguments(todo, output, options)}, output)
-        _predict_all(predictor, todo, options)
-    logger.info("Segmentations are in %s", output)
+        _predict_all(predictor, todo, output, options)
     return [case.output for case in cases]
 
 
@@ -167,20 +188,21 @@ def _announce(chosen: ChosenModel, classes: Sequence[str] | None) -> tuple[Image
 
 
 @contextmanager
-def _reserved(part_id: int, num_parts: int, output: Path, *checks: Any) -> Iterator[None]:
-    """Hold the lock of an output folder; calls with other parts of the cases may work beside this one.
+def _reserved(call: _Call, part_id: int, num_parts: int) -> Iterator[None]:
+    """Hold the lock of an output folder, which gets the records; calls with other parts may work beside this one.
 
-    The folder is checked before anything is written there, and again when no other call can write.
+    The folder is checked before anything is written there, and again when no other call can write. Results that are to
+    be replaced are removed before the records change, so that none ever lies under those of another model.
     """
-    _check_output(output, *checks)
-    with hold_lock(output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", output):
-        _check_output(output, *checks)
+    _check_output(call)
+    with hold_lock(call.output / f".lgssl_predict_{part_id}_of_{num_parts}.lock", call.output):
+        with hold_lock(call.output / ".lgssl_predict_records.lock", call.output, wait=True):
+            _check_output(call)
+            if call.overwrite:
+                _remove_results(call)
+            for name, record in call.records.items():
+                write_json(record, call.output / name)
         yield
-
-
-def _write_records(records: dict[str, dict[str, Any]], output: Path) -> None:
-    for name, record in records.items():
-        write_json(record, output / name)
 
 
 def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -196,18 +218,20 @@ def _arguments(cases: Sequence[Case], output: Path, options: dict[str, Any]) -> 
     }
 
 
-def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], options: dict[str, Any]) -> None:
+def _predict_all(predictor: LGSSLPredictor, cases: Sequence[Case], output: Path, options: dict[str, Any]) -> None:
     """Segment the cases, one alone without worker processes, and raise at the end if some failed."""
+    write_json(_arguments(cases, output, options), output / "predict_from_raw_data_args.json")
     for case in cases:
         remove_leftovers(case)
     if len(cases) == 1:
         options = {**options, "num_processes_preprocessing": 0, "num_processes_segmentation_export": 0}
     failures = predictor.predict_files(cases, **options)
     if failures:
-        warn_if_disk_is_full(cases[0].output.parent)
+        warn_if_disk_is_full(output)
         listing = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
         written = len(cases) - len(failures)
         raise PredictionError(f"{len(failures)} case(s) failed, {written} are written:\n{listing}")
+    logger.info("Segmentations are in %s", output)
 
 
 def _check_arguments(
@@ -231,6 +255,7 @@ def _cases(inputs: Inputs, output: Path, rules: ImageRules, save_selection_maps:
     if output.is_file() or output.name.endswith(ending):
         raise UsageError(f"-o {output} is a file; give the folder that the segmentations go to.")
     images = collect_images(inputs, rules)
+    require_same_sides([files[0] for files in images.values()], rules)
     if output.resolve() in {file.parent.resolve() for files in images.values() for file in files}:
         raise UsageError(f"-o {output} is the folder of the images; choose another, so that no image is overwritten.")
     return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]
@@ -304,57 +329,72 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, tz=timezone.utc).isoformat(timespec="seconds")
 
 
-def _check_output(
-    output: Path,
-    cases: Sequence[Case],
-    records: dict[str, dict],
-    overwrite: bool,
-    continue_prediction: bool,
-    save_selection_maps: bool,
-) -> None:
+def _check_output(call: _Call) -> None:
     """Refuse to write where something would be lost, or files that do not belong together would be mixed.
 
     Raises:
         UsageError: with the ways out.
     """
-    if overwrite:
-        if not save_selection_maps:
-            _refuse_outdated_maps(cases)
-        return
-    _refuse_other_results(output, records)
-    if continue_prediction:
+    foreign = _foreign_record(call)
+    if foreign is not None and not call.overwrite:
+        raise UsageError(
+            f"{foreign} comes from another dataset, model or setting; choose another output folder, "
+            "or replace what is there with --overwrite."
+        )
+    if foreign is not None or not (call.output / RECORD).exists():
+        _refuse_unexplained(call)
+    if call.overwrite or call.continue_prediction:
         return
     wanted = [
-        file for case in cases for file in (case.output, *(selection_map_files(case) if save_selection_maps else ()))
+        file
+        for case in call.cases
+        for file in (case.output, *(selection_map_files(case) if call.save_selection_maps else ()))
     ]
-    existing = [str(file.relative_to(output)) for file in wanted if file.exists()]
+    existing = [str(file.relative_to(call.output)) for file in wanted if file.exists()]
     if existing:
-        shown = ", ".join(existing[:3]) + (f" and {len(existing) - 3} more" if len(existing) > 3 else "")
         raise UsageError(
-            f"{output} already holds {shown}: add --continue_prediction to keep them and predict the rest, "
-            "--overwrite to replace them, or choose another output folder."
+            f"{call.output} already holds {_shown(existing)}: add --continue_prediction to keep them and predict the "
+            "rest, --overwrite to replace them, or choose another output folder."
         )
 
 
-def _refuse_other_results(output: Path, records: dict[str, dict]) -> None:
-    """Refuse a folder with results of another dataset, model or setting."""
-    for name, record in records.items():
-        file = output / name
+def _foreign_record(call: _Call) -> Path | None:
+    """Return a file of an output folder that tells of another dataset, model or setting, None if there is none."""
+    for name, record in call.records.items():
+        file = call.output / name
         if file.exists() and _identity(read_json_if_valid(file) or {}) != _identity(record):
-            raise UsageError(
-                f"{file} comes from another dataset, model or setting; choose another output folder, "
-                "or replace what is there with --overwrite."
-            )
+            return file
+    return None
 
 
-def _refuse_outdated_maps(cases: Sequence[Case]) -> None:
-    """Refuse to replace segmentations and leave the selection maps of the old ones beside them."""
-    kept = [file for case in cases for file in selection_map_files(case) if file.exists()]
+def _refuse_unexplained(call: _Call) -> None:
+    """Refuse a folder whose segmentations stay, although its records will say that this model made them."""
+    ending = call.all_cases[0].output.name.removeprefix(call.all_cases[0].name)
+    there = sorted(file.name for file in call.output.glob(f"[!.]*{ending}") if file.is_file())
+    others = set(there) - {case.output.name for case in call.all_cases}
+    kept = sorted(others) if call.overwrite else there
     if kept:
         raise UsageError(
-            f"--overwrite would replace the segmentations and keep the selection maps of the old ones ({kept[0]}); add "
-            f"--save_selection_maps to replace both, or delete {kept[0].parent}."
+            f"{call.output} holds {_shown(kept)}, of which no {RECORD} says that this model made them with these "
+            f"settings; choose another output folder{'' if others else ', or replace them with --overwrite'}."
         )
+
+
+def _remove_results(call: _Call) -> None:
+    """Remove what is there of the cases of a call.
+
+    Of another model nothing stays, in no part. Under the records of this one other parts may be at work, so only the
+    results of this part go.
+    """
+    is_ours = (call.output / RECORD).exists() and _foreign_record(call) is None
+    for case in call.cases if is_ours else call.all_cases:
+        probabilities = case.output.with_name(f"{case.name}.npz")
+        for file in (case.output, probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)):
+            file.unlink(missing_ok=True)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:

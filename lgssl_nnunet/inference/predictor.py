@@ -11,9 +11,10 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from lgssl_nnunet.dataset_conversion.volumes import require_whole_nifti
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import move_into_place
-from lgssl_nnunet.inference.cases import require_finite
+from lgssl_nnunet.inference.cases import require_intact
 from lgssl_nnunet.inference.classes import PlansForClasses
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT
@@ -72,6 +74,12 @@ class _Outcome:
 
     failures: dict[str, str] = field(default_factory=dict)
     died: list[Case] = field(default_factory=list)
+
+
+class LogitsError(LGSSLError):
+    """The network gives logits that are no numbers."""
+
+    exit_code = 1
 
 
 class LGSSLPredictor(nnUNetPredictor):
@@ -266,6 +274,26 @@ class LGSSLPredictor(nnUNetPredictor):
         """
         return {} if case.is_segmented else {"logits": self._logits(data)}, properties
 
+    def predict_logits_from_preprocessed_data(self, data: Tensor) -> Tensor:
+        """Return the logits (C, X, Y, Z) of a preprocessed image (M, X, Y, Z), in fp32 where half precision overflows.
+
+        Raises:
+            LogitsError: the network gives NaN or infinity, of which a decision would make background.
+        """
+        logits = super().predict_logits_from_preprocessed_data(data)
+        if _are_finite(logits):
+            return logits
+        if self.precision not in _HALF:
+            remedy = "use --precision fp32" if self.precision == "stock" else "look for extreme values in the image"
+            raise LogitsError(f"The network gives NaN or infinity in precision {self.precision}; {remedy}.")
+        del logits
+        logger.warning("The network gives NaN or infinity in %s; the case is predicted again in fp32.", self.precision)
+        precision, self.precision = self.precision, "fp32"
+        try:
+            return self.predict_logits_from_preprocessed_data(data)
+        finally:
+            self.precision = precision
+
     def _logits(self, data: np.ndarray) -> np.ndarray:
         """Return the logits (C, X, Y, Z) of a preprocessed image (M, X, Y, Z)."""
         return self.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
@@ -311,6 +339,16 @@ class LGSSLPredictor(nnUNetPredictor):
         if self.precision == "stock":
             return super()._internal_predict_sliding_window_return_logits(data, slicers, do_on_device)
         device = self.device if do_on_device else torch.device("cpu")
+        try:
+            return self._sum_of_windows(data, slicers, device)
+        except RuntimeError as error:
+            # nnU-Net tries again in RAM while it handles the error, whose traceback holds the arrays of this try.
+            clear_frames(error.__traceback__)
+            empty_cache(self.device)
+            raise
+
+    def _sum_of_windows(self, data: Tensor, slicers: Sequence[tuple], device: torch.device) -> Tensor:
+        """Return the mean of mirrored and overlapping windows, weighted by their distance from the window's border."""
         window = compute_gaussian(tuple(self.configuration_manager.patch_size), dtype=torch.float32, device=device)
         logits = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), device=device)
         weight = torch.zeros(data.shape[1:], device=device)
@@ -335,11 +373,35 @@ class LGSSLPredictor(nnUNetPredictor):
     def _autocast(self) -> AbstractContextManager:
         if self.precision in _HALF:
             return torch.autocast(self.device.type, dtype=_HALF[self.precision])
-        # nnU-Net opens an fp16 autocast around the sliding window on CUDA; fp32 closes it again.
-        return torch.autocast("cuda", enabled=False) if self.device.type == "cuda" else nullcontext()
+        return _exact_on_cuda() if self.device.type == "cuda" else nullcontext()
 
     def _memory_format(self, configuration_manager: ConfigurationManager) -> torch.memory_format:
         return preferred_memory_format(self.device, len(configuration_manager.patch_size))
+
+
+@contextmanager
+def _exact_on_cuda() -> Iterator[None]:
+    """Compute in fp32: without the fp16 autocast that nnU-Net opens around the sliding window, and without TF32.
+
+    TF32, which cuDNN takes for convolutions unless told otherwise, rounds what is multiplied to 10 bits.
+    """
+    cudnn = torch.backends.cudnn
+    # Since torch 2.9 convolutions have a switch of their own; where it was used, reading the older one may fail.
+    switch, name, exact = (
+        (cudnn.conv, "fp32_precision", "ieee") if hasattr(cudnn, "conv") else (cudnn, "allow_tf32", False)
+    )
+    before = getattr(switch, name)
+    setattr(switch, name, exact)
+    try:
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        setattr(switch, name, before)
+
+
+def _are_finite(logits: Tensor) -> bool:
+    """Whether no logit (C, X, Y, Z) is NaN or infinite, without another array of that size."""
+    return all(bool(torch.stack(channel.aminmax()).isfinite().all()) for channel in logits)
 
 
 def _behind_channels(axes: Sequence[int]) -> tuple[int, ...]:
@@ -372,7 +434,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 def _preprocess_as_nnunet(predictor: LGSSLPredictor, case: Case) -> tuple[np.ndarray, dict]:
     """Read and preprocess one case by the class that the plans name; runs in a worker process or in this one."""
     for file in case.files:
-        require_finite(file)
+        require_intact(file)
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
     planned = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     data, _, properties = preprocessor.run_case([str(file) for file in case.files], None, *planned)

@@ -19,7 +19,7 @@ from lgssl_nnunet.data.unlabeled import UnlabeledDataset, mark_outside
 from lgssl_nnunet.errors import CheckpointError
 from lgssl_nnunet.files import content_hash, read_json_if_valid, sha256, write_atomically, write_json
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, TrainedModel, find_models, read_model_json
-from lgssl_nnunet.inference.predictor import LGSSLPredictor
+from lgssl_nnunet.inference.predictor import LGSSLPredictor, LogitsError
 from lgssl_nnunet.plans.stored import planned_as, training_iterations, training_seed
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,9 @@ def write_pseudo_labels(
         folder: where the files go.
         device: where the network runs.
         hide_progress: tqdm's `disable`.
+
+    Raises:
+        LogitsError: the network gives no numbers for a case.
     """
     missing = [case for case in images.identifiers if not (folder / f"{case}.b2nd").is_file()]
     if not missing:
@@ -134,7 +137,14 @@ def write_pseudo_labels(
         desc="Pseudo-labels", unit="case", total=total, initial=total - len(missing), disable=hide_progress
     ) as progress:
         for case in missing:
-            _write_case(folder, case, _label_map(predictor, images.load_case(case)[0][:]), predictor)
+            try:
+                labels = _label_map(predictor, images.load_case(case)[0][:])
+            except LogitsError:
+                raise LogitsError(
+                    f"{case}: {model.folder} gives NaN or infinity, of which no pseudo-labels can be made; look for "
+                    "extreme values in the image, or train with another source."
+                ) from None
+            _write_case(folder, case, labels, predictor)
             progress.update()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lgssl_nnunet.data.preprocessing import Recipe, preprocess
 from lgssl_nnunet.errors import DatasetError
-from lgssl_nnunet.inference.cases import require_finite
+from lgssl_nnunet.inference.cases import require_intact
 
 
 def read_preprocessed(files: Sequence[Path], recipe: Recipe) -> tuple[np.ndarray, dict]:
@@ -20,10 +20,10 @@ def read_preprocessed(files: Sequence[Path], recipe: Recipe) -> tuple[np.ndarray
         recipe: of the model's configuration.
 
     Raises:
-        DatasetError: voxels are NaN or infinite, in a file or after preprocessing.
+        DatasetError: a file is damaged, or voxels are NaN or infinite, in a file or after preprocessing.
     """
     for file in files:
-        require_finite(file)
+        require_intact(file)
     preprocessed = preprocess(files, None, recipe)
     return finite(preprocessed.image, files), preprocessed.properties
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lgssl_nnunet.errors import DatasetError
+from lgssl_nnunet.inference.cases import ImageRules
 from lgssl_nnunet.plans.sidedness import LeftRight, left_right
 
 
-def require_same_sides(images: Sequence[Path], plans: Mapping[str, Any], reader: str) -> None:
+def require_same_sides(images: Sequence[Path], rules: ImageRules) -> None:
     """Refuse images in whose arrays the patient's left lies elsewhere than in those that a model was planned on.
 
     Such a model knows a left kidney from a right one by its place in the array. Images that do not tell pass, and so do
@@ -18,17 +18,15 @@ def require_same_sides(images: Sequence[Path], plans: Mapping[str, Any], reader:
 
     Args:
         images: one image per case.
-        plans: the model's plans.
-        reader: name of nnU-Net's reader class.
+        rules: what the model expects of images.
 
     Raises:
         DatasetError: all such images.
     """
-    recorded = plans.get("lgssl", {}).get("left_right")
-    if recorded is None:
+    expected = rules.left_right
+    if expected is None:
         return
-    expected = LeftRight(**recorded)
-    found = {image: left_right(image, reader) for image in images}
+    found = {image: left_right(image, rules.reader.__name__) for image in images}
     problems = [f"{image}: {_difference(how, expected)}" for image, how in found.items() if how not in (None, expected)]
     if problems:
         raise DatasetError(

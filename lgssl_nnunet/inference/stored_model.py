@@ -21,6 +21,7 @@ from lgssl_nnunet.inference.bundles import open_bundle, weights_member
 from lgssl_nnunet.inference.cases import ImageRules
 from lgssl_nnunet.inference.known_classes import known_reader, require_known_classes
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT, read_model_json
+from lgssl_nnunet.plans.sidedness import LeftRight
 from lgssl_nnunet.registry import find_trainer
 
 _NEEDED = ("trainer_name", "init_args", "network_weights")
@@ -135,7 +136,9 @@ def image_rules(plans: dict[str, Any], dataset_json: dict[str, Any], place: Path
     with _told_of_plans(place):
         channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
         names = tuple(channels[key] for key in sorted(channels, key=int))
-        return ImageRules(names, dataset_json["file_ending"], known_reader(PlansManager(plans), place / "plans.json"))
+        reader = known_reader(PlansManager(plans), place / "plans.json")
+        lying = plans.get("lgssl", {}).get("left_right")
+        return ImageRules(names, dataset_json["file_ending"], reader, None if lying is None else LeftRight(**lying))
 
 
 def _read_folder(folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> StoredModel:

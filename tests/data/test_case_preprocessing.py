@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from lgssl_nnunet.data.cropping import nonzero_box, outside
 from lgssl_nnunet.data.preprocessing import class_locations, preprocess, recipe_of
+from lgssl_nnunet.errors import DatasetError
 
 SHAPE = (14, 30, 26)
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
@@ -148,6 +149,17 @@ def test_a_label_of_another_shape_is_refused(case, tmp_path):
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((3, 4, 5), np.uint8)), str(tmp_path / "other.nii.gz"))
     with pytest.raises(ValueError, match=r"\(14, 30, 26\).*\(3, 4, 5\)"):
         preprocess(images, str(tmp_path / "other.nii.gz"), recipe_of(*plans()))
+
+
+def test_a_scan_of_which_resampling_leaves_nothing_is_refused_in_a_sentence(case):
+    images, _ = case
+    volumes = [sitk.ReadImage(file) for file in images]
+    for file, volume in zip(images, volumes, strict=True):
+        sitk.WriteImage(volume[:, :, 5:6], file)
+    message = r"case_0000\.nii\.gz: the scan is 2 mm thick .* a voxel of the plans 5 mm, so resampling"
+    with pytest.raises(DatasetError, match=message):
+        preprocess(images, None, recipe_of(*plans(spacing=(1.0, 5.0, 1.2))))
+    assert preprocess(images, None, recipe_of(*plans(spacing=(1.0, 3.0, 1.2)))).image.shape[2] == 1
 
 
 def test_box_and_holes_are_those_of_nnunet():

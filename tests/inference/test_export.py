@@ -153,11 +153,20 @@ def test_the_nearest_axis_is_that_of_long_voxels_in_image_or_plans(plans):
     assert axis(1.0, 6.0, 6.0) is None  # two long axes: nnU-Net resamples in one go
 
 
-@pytest.mark.parametrize("change", [{"order": 3}, {"order_z": 1}, {"is_seg": True}])
+@pytest.mark.parametrize(
+    "change", [{"order": 3}, {"order_z": 1}, {"is_seg": True}, {"separate_z_anisotropy_threshold": 10}]
+)
 def test_other_resampling_is_left_to_nnunet(change, plans):
     configuration = PlansManager(plans).get_configuration("3d_fullres")
     assert can_export_by_slabs(configuration)
     configuration.configuration["resampling_fn_probabilities_kwargs"] |= change
+    assert not can_export_by_slabs(configuration)
+
+
+def test_resampling_without_a_word_on_thick_slices_is_left_to_nnunet(plans):
+    """nnU-Net takes False for what is missing, and None for what its own plans say."""
+    configuration = PlansManager(plans).get_configuration("3d_fullres")
+    del configuration.configuration["resampling_fn_probabilities_kwargs"]["force_separate_z"]
     assert not can_export_by_slabs(configuration)
 
 

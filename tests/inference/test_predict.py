@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -165,12 +166,49 @@ def test_one_file_for_a_model_with_two_channels_names_the_missing_one(
         predict_here([[tmp_path / "x_0000.nii.gz"]], tmp_path / "out")
 
 
-def test_channels_of_different_shape_are_refused(model_maker, image_maker, tmp_path, predict_here, no_network):
-    model_maker(channels=2)
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (20, 16, 15)}, "has shape [20, 16, 15] and x_0000.nii.gz has [20, 16, 14]"),
+        ({"spacing": (1.0, 1.25, 3.0)}, "has spacing [1.0, 1.25, 3.0] mm and x_0000.nii.gz has [1.0, 1.25, 1.5] mm"),
+        ({"origin": (0.0, 0.0, 0.0)}, "has origin ["),
+        ({"direction": (1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0)}, "has direction ["),
+    ],
+)
+def test_channels_on_different_grids_are_refused(
+    change, message, reader, model_maker, image_maker, tmp_path, predict_here, no_network
+):
+    plans = model_maker(channels=2) / "plans.json"
+    plans.write_text(plans.read_text().replace("SimpleITKIO", reader))
     image_maker(tmp_path / "in" / "x_0000.nii.gz")
-    image_maker(tmp_path / "in" / "x_0001.nii.gz", size=(20, 16, 15))
-    with pytest.raises(DatasetError, match=r"x: the channels differ in shape: x_0000\.nii\.gz 20x16x14, x_0001"):
+    other = image_maker(tmp_path / "in" / "x_0001.nii.gz", size=change.get("size", (20, 16, 14)))
+    image = sitk.ReadImage(str(other))
+    for what, value in change.items():
+        if what != "size":
+            getattr(image, f"Set{what.capitalize()}")(value)
+    sitk.WriteImage(image, str(other))
+    with pytest.raises(DatasetError, match=re.escape(f"  x_0001.nii.gz: {message}")) as error:
         predict_here(tmp_path / "in", tmp_path / "out")
+    assert "; re-export or resample the channels together" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("x_0001", "x_0000"), r"x_0001\.nii\.gz: it is listed as _0000\.nii\.gz \(T1\) and its name tells another"),
+        (("x_0000", "x_0000"), r"x_0000\.nii\.gz: it is listed as _0001\.nii\.gz \(T2\) and its name tells another"),
+        (("flair", "x_0000"), r"x_0000\.nii\.gz: it is listed as _0001\.nii\.gz \(T2\) and its name tells another"),
+        (("x_0000", "y_0001"), r"y_0001\.nii\.gz: its name tells another case than x_0000\.nii\.gz"),
+    ],
+)
+def test_names_that_contradict_a_list_of_channels_are_refused(
+    names, message, model_maker, image_maker, tmp_path, predict_here, no_network
+):
+    model_maker(channels=2)
+    files = [image_maker(tmp_path / f"{name}.nii.gz") for name in names]
+    with pytest.raises(DatasetError, match=message):
+        predict_here([files], tmp_path / "out")
 
 
 def test_unreadable_and_truncated_images_are_told_together(trained, images, tmp_path, predict_here, no_network):

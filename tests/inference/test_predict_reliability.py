@@ -118,10 +118,33 @@ def shrink(file: Path) -> None:
     sitk.WriteImage(sitk.ReadImage(str(file))[1:], str(file))
 
 
+def move(file: Path) -> None:
+    image = sitk.ReadImage(str(file))
+    image.SetOrigin((0.0, 0.0, 0.0))
+    sitk.WriteImage(image, str(file))
+
+
+def stretch(file: Path) -> None:
+    image = sitk.ReadImage(str(file))
+    image.SetSpacing((3.0, 3.0, 3.0))
+    sitk.WriteImage(image, str(file))
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO", "SimpleITKIOWithReorient", "NibabelIOWithReorient"])
 @pytest.mark.parametrize(
-    ("damage", "message"), [(cut_off, "cannot be read"), (shrink, "has 19x16x14 voxels and its image 20x16x14")]
+    ("damage", "message"),
+    [
+        (cut_off, "cannot be read"),
+        (shrink, "has shape [19, 16, 14] and its image has [20, 16, 14]"),
+        (move, "has origin ["),
+        (stretch, "has spacing [3.0, 3.0, 3.0] mm and its image has [1.0, 1.25, 1.5] mm"),
+    ],
 )
-def test_a_damaged_segmentation_is_not_skipped(damage, message, trained, images, tmp_path, predict_here, caplog):
+def test_a_segmentation_that_is_damaged_or_on_another_grid_is_not_skipped(
+    damage, message, reader, model_maker, images, tmp_path, predict_here, caplog
+):
+    plans = model_maker() / "plans.json"
+    plans.write_text(plans.read_text().replace("SimpleITKIO", reader))
     out = tmp_path / "out"
     predict_here(images, out)
     whole = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "a.nii.gz")))
@@ -139,6 +162,22 @@ def test_damaged_probabilities_are_not_skipped(trained, images, tmp_path, predic
     cut_off(out / "a.npz")
     predict_here(images, out, save_probabilities=True, continue_prediction=True)
     assert np.load(out / "a.npz")["probabilities"].shape[1:] == (14, 16, 20)
+
+
+@pytest.mark.parametrize("precision", ["stock", "fp32"])
+@pytest.mark.parametrize("type_", [np.int16, np.float32])
+def test_an_image_with_a_damaged_byte_fails_alone_and_is_named(
+    type_, precision, trained, images, tmp_path, predict_here
+):
+    array = np.random.default_rng(0).integers(0, 999, (64, 64, 64))  # of smaller files ITK sees the end with the header
+    image = sitk.GetImageFromArray(array.astype(type_))
+    sitk.WriteImage(image, str(images / "b_0000.nii.gz"))
+    content = bytearray((images / "b_0000.nii.gz").read_bytes())
+    content[-5] ^= 1  # in the checksum: it unpacks to its full length
+    (images / "b_0000.nii.gz").write_bytes(content)
+    with pytest.raises(PredictionError, match=r"1 are written:\n  b: .*b_0000\.nii\.gz: cannot be read \(CRC check"):
+        predict_here(images, tmp_path / "out", precision=precision, disable_tta=True)
+    assert [name for name in shown(tmp_path / "out") if name.endswith(".nii.gz")] == ["a.nii.gz"]
 
 
 @pytest.mark.parametrize("size", [0, 100, 400])

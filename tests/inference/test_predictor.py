@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
+import weakref
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -189,6 +192,92 @@ def test_a_failing_case_is_named_and_the_others_are_written(one_fold, images, im
     assert "1 voxels are NaN or infinite" in failures["c"]
     assert "Case c failed" in caplog.text
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.nii.gz", "b.nii.gz", "d.nii.gz"]
+
+
+def poison(predictor, value, is_poisoned) -> None:
+    """Have the network give a voxel that is no number where `is_poisoned` says so of its output."""
+
+    def spoil(network, inputs, output):
+        if is_poisoned(output):
+            output[:, 1, 8, 8, 8] = value
+        return output
+
+    predictor.network.register_forward_hook(spoil)
+
+
+@pytest.mark.parametrize("precision", ["stock", "fp32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_case_whose_logits_are_no_numbers_fails_alone(value, precision, one_fold, images, tmp_path):
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    predictor, seen = load(folder, precision=precision, perform_everything_on_device=False), []
+    poison(predictor, value, lambda output: not seen and not seen.append(output.shape))  # the first window of case a
+    failures = predictor.predict_files(cases_in(images, tmp_path / "out"))
+    assert list(failures) == ["a"]
+    message = {"stock": "use --precision fp32", "fp32": "look for extreme values in the image"}[precision]
+    nnunets_own = (precision, value) == ("stock", np.inf)
+    assert ("Encountered inf" if nnunets_own else f"in precision {precision}; {message}") in failures["a"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["b.nii.gz"]
+
+
+@pytest.mark.parametrize("has_own_switch", [True, False])
+def test_fp32_on_cuda_is_without_tf32_and_leaves_cudnn_as_it_was(has_own_switch, monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", cudnn.benchmark)  # nnU-Net switches it on and leaves it
+    if not has_own_switch:  # as before torch 2.9
+        cudnn = SimpleNamespace(allow_tf32=True, benchmark=True)
+        monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+
+    def state():
+        return (cudnn.conv.fp32_precision if has_own_switch else cudnn.allow_tf32), cudnn.benchmark
+
+    predictor = LGSSLPredictor(torch.device("cuda"), precision="fp32", progress=False)
+    before = state()
+    assert before[0] not in ("ieee", False)
+    with predictor._autocast():
+        assert state() == ("ieee" if has_own_switch else False, before[1])
+    assert state() == before
+    with predictor._autocast(), pytest.raises(MemoryError), predictor._autocast():
+        raise MemoryError
+    assert state() == before
+
+
+def test_what_overflows_in_half_precision_is_predicted_again_in_fp32(one_fold, monkeypatch, caplog):
+    monkeypatch.setattr(module, "cpu_has_bf16", lambda: True)
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    bf16, fp32 = (load(folder, precision=precision) for precision in ("bf16", "fp32"))
+    poison(bf16, np.inf, lambda output: output.dtype == torch.bfloat16)
+    image = torch.randn(1, 16, 16, 24)
+    assert torch.equal(*[predictor.predict_logits_from_preprocessed_data(image) for predictor in (bf16, fp32)])
+    assert "NaN or infinity in bf16; the case is predicted again in fp32" in caplog.text
+    assert bf16.precision == "bf16"
+    poison(bf16, np.inf, lambda output: True)
+    with pytest.raises(module.LogitsError, match="in precision fp32; look for extreme values"):
+        bf16.predict_logits_from_preprocessed_data(image)
+    assert bf16.precision == "bf16"
+
+
+def test_the_second_try_in_ram_finds_the_memory_of_the_first_one_free(one_fold):
+    """What torch.OutOfMemoryError leads to on a GPU: nnU-Net predicts again with the logits in RAM."""
+    folder = one_fold / "Dataset501_Tiny" / "nnUNetTrainer__LGSSLCPUPlans__3d_fullres"
+    predictor = load(folder, precision="fp32")
+    predictor.perform_everything_on_device = True  # nnU-Net switches it off for the CPU
+    held, alive, forward = [], [], predictor.network.forward
+
+    def run_out(batch):
+        if len(held) < 2:
+            tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+            logits = [tensor for tensor in tensors if tensor.shape == (3, 16, 16, 40)]
+            held.append([weakref.ref(tensor) for tensor in (*logits, batch)])
+            if len(held) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        elif not alive:
+            alive.append(sum(reference() is not None for references in held for reference in references))
+        return forward(batch)
+
+    predictor.network.forward = run_out
+    assert predictor.predict_logits_from_preprocessed_data(torch.randn(1, 16, 16, 40)).isfinite().all()
+    assert [len(references) for references in held] == [2, 2]
+    assert alive == [0]
 
 
 def test_an_export_that_fails_leaves_no_partial_file(one_fold, images, tmp_path, monkeypatch):

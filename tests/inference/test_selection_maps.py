@@ -206,15 +206,14 @@ def test_two_dimensional_models_make_maps_of_volumes_and_of_planes(
     predict_here(volume, tmp_path / "out", save_selection_maps=True)
     require_same_geometry(tmp_path / "out" / "selection_maps" / "a.nii.gz", volume)
     plane = image_maker(tmp_path / "plane" / "b_0000.nii.gz", size=(16, 16))
-    options = {"disable_tta": True, "overwrite": True, "precision": "fp32"}
-    predict_here(plane, tmp_path / "out", save_selection_maps=True, **options)
-    file = tmp_path / "out" / "selection_maps" / "b.nii.gz"
+    predict_here(plane, tmp_path / "flat", save_selection_maps=True, disable_tta=True, precision="fp32")
+    file = tmp_path / "flat" / "selection_maps" / "b.nii.gz"
     require_same_geometry(file, plane)
     image = voxels(plane)
     expected = enlarged(network(folder), torch.from_numpy((image - image.mean()) / image.std())[None, None])
     np.testing.assert_allclose(voxels(file), expected, atol=2e-4)
-    for case in "ab":
-        with Image.open(tmp_path / "out" / "selection_maps" / f"{case}.png") as picture:
+    for picture_file in ("out/selection_maps/a.png", "flat/selection_maps/b.png"):
+        with Image.open(tmp_path / picture_file) as picture:
             picture.load()
 
 
@@ -316,7 +315,7 @@ def test_the_segmentation_is_moved_into_place_last(guided, images, tmp_path, pre
     assert moved[-1] == str(tmp_path / "out" / "a.nii.gz")
 
 
-def test_maps_are_not_overwritten_unasked_and_none_is_left_beside_another_segmentation(
+def test_maps_are_not_replaced_unasked_and_none_is_left_beside_another_segmentation(
     guided, images, tmp_path, predict_here
 ):
     guided()
@@ -327,14 +326,14 @@ def test_maps_are_not_overwritten_unasked_and_none_is_left_beside_another_segmen
     before = content(out)
     with pytest.raises(UsageError, match=r"already holds selection_maps/a\.nii\.gz, selection_maps/a\.png"):
         predict_here(images, out, save_selection_maps=True)
-    with pytest.raises(UsageError, match=r"keep the selection maps of the old ones .* add --save_selection_maps"):
-        predict_here(images, out, overwrite=True)
     assert content(out) == before
     predict_here(images, out, save_selection_maps=True, overwrite=True)
     assert content(out).keys() == before.keys() | {"a.nii.gz", "b.nii.gz"}
+    predict_here(images, out, overwrite=True)
+    assert not list((out / "selection_maps").iterdir())
 
 
-def test_a_map_that_fails_leaves_the_files_of_its_case_as_they_were(
+def test_a_map_that_fails_leaves_neither_old_nor_new_files_of_its_case(
     guided, images, tmp_path, predict_here, monkeypatch
 ):
     folder = guided()
@@ -356,9 +355,7 @@ def test_a_map_that_fails_leaves_the_files_of_its_case_as_they_were(
     with pytest.raises(PredictionError, match="a: MemoryError: no room"):
         predict_here(images, out, save_selection_maps=True, overwrite=True)
     after = content(out)
-    assert after.keys() == before.keys()
-    for name in ("a.nii.gz", "selection_maps/a.nii.gz", "selection_maps/a.png"):
-        assert after[name] == before[name]
+    assert before.keys() - after.keys() == {"a.nii.gz", "selection_maps/a.nii.gz", "selection_maps/a.png"}
     for name in ("b.nii.gz", "selection_maps/b.nii.gz", "selection_maps/b.png"):
         assert after[name] != before[name]
 

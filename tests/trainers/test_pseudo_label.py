@@ -285,6 +285,19 @@ def test_a_file_that_could_not_be_finished_is_not_there(source, build_trainer, t
     assert {file.name for file in trainer.label_folder.iterdir()} == {"source.json", f"{CASES[0]}.pkl"}
 
 
+def test_a_network_that_gives_no_numbers_labels_nothing_and_is_named(source, build_trainer, tmp_path, monkeypatch):
+    model = source()
+
+    def no_numbers(predictor, image):
+        return torch.full((predictor.label_manager.num_segmentation_heads, *image.shape[1:]), math.nan)
+
+    monkeypatch.setattr(pseudo_labels.LGSSLPredictor, "predict_sliding_window_return_logits", no_numbers)
+    trainer = build_trainer(NAME, results=tmp_path)
+    with pytest.raises(pseudo_labels.LogitsError, match=f"{CASES[0]}: {model} gives NaN or infinity"):
+        trainer.on_train_start()
+    assert {file.name for file in trainer.label_folder.iterdir()} == {"source.json"}
+
+
 def test_background_outside_of_the_body_is_marked_where_channels_are_normalised_inside_of_it():
     image = np.ones((3, 2, 2, 1), np.float32)
     image[0, 0], image[1, 0, 0], image[2] = 0, 0, 0
