@@ -28,7 +28,7 @@ def test_relative_links_lead_to_files_that_everybody_has(page):
 
 
 def test_the_figures_of_the_benchmark_are_in_the_repository():
-    for name in ("results_per_case.csv", "results_per_cell.csv", "cells.tar.xz"):
+    for name in ("results_per_case.csv", "results_per_cell.csv"):
         file = ROOT / "benchmarks" / "results" / name
         assert file.is_file()
         assert not is_ignored(file)
