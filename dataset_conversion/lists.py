@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lgssl_nnunet.dataset_conversion.dataset import TEST, TRAIN
-from lgssl_nnunet.problems import Problem
+from lgssl_nnunet.problems import Problem, first_of
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def sort_into_parts(available: Iterable[str], lists: CaseLists) -> tuple[dict[st
         file = str(lists.files[part])
         missing = sorted(set(names).difference(available))
         if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            found = f"names {shown}, which the download does not hold"
+            found = f"names {first_of(missing, 5)}, which the download does not hold"
             problems.append(Problem(file, found, "complete the download or correct the list"))
         for name in names:
             if parts.setdefault(name, part) != part:

@@ -129,10 +129,8 @@ def _tag(name: str, value: Any) -> str:
     """Return what a plans name says of a value; of a text encoder's path not the folders, which stay at home."""
     if name != "text_encoder" or Path(value).name == value:
         return str(value)
-    kind, _, path = value.rpartition(":")
-    file = Path(path).name
-    digest = "" if file == path else f"-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
-    return f"{kind}-{file}{digest}" if kind else f"{file}{digest}"
+    kind, separator, path = value.rpartition(":")
+    return f"{kind}{separator}{Path(path).name}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
 def _check_numbers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lgssl_nnunet.errors import DatasetError, LGSSLError
@@ -26,6 +26,11 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.file}: {self.problem}; {self.remedy}."
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Return names in a sentence: at most so many of them, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def raise_if_any(problems: Iterable[Problem | LGSSLError], dataset_name: str) -> None:

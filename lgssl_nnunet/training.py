@@ -106,9 +106,7 @@ def train(
     base_plans = load_plans(dataset_folder, plans)
     _check_plans(base_plans, configuration, trainer, dataset_folder)
     options = (epochs, iterations_per_epoch, unlabeled_batch_size, seed, hyperparameters)
-    used_plans = derive_plans(base_plans, trainer_class, *options)
-    model_folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
-    used_plans = with_text(used_plans, base_plans, model_folder)
+    used_plans, model_folder = _plans_and_folder(base_plans, dataset_folder, trainer_class, configuration, options)
     _check_model(model_folder, fold, used_plans, continue_training, only_validate, validate_best)
     logger.info("Plans: %s. Model folder: %s", used_plans["plans_name"], model_folder)
     if num_gpus != 1:
@@ -162,9 +160,9 @@ def trained_model_folder(
     dataset_folder = preprocessed_folder(dataset)
     base_plans = load_plans(dataset_folder, plans)
     options = (epochs, iterations_per_epoch, None, seed, hyperparameters)
-    used_plans = derive_plans(base_plans, find_trainer(trainer), *options)
-    folder = _model_folder(dataset_folder.name, trainer, used_plans["plans_name"], configuration)
-    _refuse_other_plans(folder, with_text(used_plans, base_plans, folder))
+    trainer_class = find_trainer(trainer)
+    used_plans, folder = _plans_and_folder(base_plans, dataset_folder, trainer_class, configuration, options)
+    _refuse_other_plans(folder, used_plans)
     return folder
 
 
@@ -339,8 +337,14 @@ def _write_plans(dataset_folder: Path, plans: dict[str, Any], base_plans: dict[s
         write_json(plans, dataset_folder / f"{plans['plans_name']}.json")
 
 
-def _model_folder(dataset: str, trainer: str, plans_name: str, configuration: str) -> Path:
-    return Path(os.environ["nnUNet_results"]) / dataset / f"{trainer}__{plans_name}__{configuration}"
+def _plans_and_folder(
+    base_plans: dict[str, Any], dataset_folder: Path, trainer_class: type, configuration: str, options: tuple[Any, ...]
+) -> tuple[dict[str, Any], Path]:
+    """Return the plans with the options of a training (those of `derive_plans`), and the model folder that it fills."""
+    derived = derive_plans(base_plans, trainer_class, *options)
+    name = f"{trainer_class.__name__}__{derived['plans_name']}__{configuration}"
+    folder = Path(os.environ["nnUNet_results"]) / dataset_folder.name / name
+    return with_text(derived, base_plans, folder), folder
 
 
 def _check_model(

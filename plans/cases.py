@@ -16,7 +16,7 @@ from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.paths import data_folders, is_dataset, is_plain_name
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
 from lgssl_nnunet.plans.partial_labels import annotation_problems
-from lgssl_nnunet.problems import Problem
+from lgssl_nnunet.problems import Problem, first_of
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -238,8 +238,9 @@ def _warn_about_labels_without_image(folder: Path, cases: Mapping[str, Case], da
     names = {name.removesuffix(ending) for name in os.listdir(folder / "labelsTr") if name.endswith(ending)}
     alone = sorted(names.difference(cases))
     if alone:
-        shown = ", ".join(alone[:5]) + (f" and {len(alone) - 5} more" if len(alone) > 5 else "")
-        logger.warning("labelsTr holds labels without an image in imagesTr, which are not used: %s.", shown)
+        logger.warning(
+            "labelsTr holds labels without an image in imagesTr, which are not used: %s.", first_of(alone, 5)
+        )
 
 
 def _cases_in_images_tr(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str, Case], list[Problem]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lgssl_nnunet.data.partial_labels import PartialLabel, class_values, foreground_classes
-from lgssl_nnunet.problems import Problem
+from lgssl_nnunet.problems import Problem, first_of
 
 if TYPE_CHECKING:
     from lgssl_nnunet.plans.cases import RawDataset
@@ -129,8 +129,8 @@ def _group_problems(name: str, members: list[str], cases: set[str]) -> list[Prob
         problems.append(_problem("groups", name, "has no case", "list identifiers or patterns such as siteA_*"))
     without = [member for member in members if not members_there([member], cases)]
     if without:
-        shown = ", ".join(without[:_SHOWN]) + (f" and {len(without) - _SHOWN} more" if len(without) > _SHOWN else "")
-        problems.append(_problem("groups", name, f"has no case {shown}", "correct the name or remove it"))
+        problem = f"has no case {first_of(without, _SHOWN)}"
+        problems.append(_problem("groups", name, problem, "correct the name or remove it"))
     return problems
 
 

@@ -16,7 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import SimpleITK as sitk
 
+from lgssl_nnunet.problems import first_of
+
 logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 3
 
 _OPPOSITE = {"left": "right", "l": "r", "lh": "rh", "lt": "rt"}
 _OPPOSITE |= {right: left for left, right in _OPPOSITE.items()}
@@ -154,18 +158,13 @@ def _warn_of_opposite(example: str, signs: Mapping[str, int]) -> None:
             "left lies on the other side than in the rest. Bring them to one orientation, or plan with a reader that "
             'does ("overwrite_image_reader_writer": "SimpleITKIOWithReorient" in dataset.json).',
             example,
-            _cases(name for name, sign in signs.items() if sign == rarer),
+            first_of(sorted(name for name, sign in signs.items() if sign == rarer), _MOST_NAMED),
         )
 
 
 def _describe(axis: int | None, found: Mapping[str, int | None]) -> str:
-    cases = _cases(name for name, value in found.items() if value == axis)
+    cases = first_of(sorted(name for name, value in found.items() if value == axis), _MOST_NAMED)
     return f"{'unknown' if axis is None else f'array axis {axis}'} in {cases}"
-
-
-def _cases(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _words(text: str) -> tuple[str, ...]:

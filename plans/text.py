@@ -8,7 +8,7 @@ from typing import Any
 
 from lgssl_nnunet.errors import PromptError
 from lgssl_nnunet.text.bank import structure_of, without_article
-from lgssl_nnunet.text.encoders import PromptEmbeddings, embed_prompts
+from lgssl_nnunet.text.encoders import EmbeddedText, PromptEmbeddings, embed_prompts
 from lgssl_nnunet.text.prompts import Prompt, modality_of, phrase_of, templates
 
 
@@ -46,15 +46,12 @@ def wordings(prompts: Sequence[Prompt], embeddings: PromptEmbeddings) -> list[li
     """
     names = [prompt.class_name for prompt in prompts]
     structures = [structure_of(name) or name for name in names]
-    asked = zip_longest(*(prompt.texts for prompt in prompts))
-    embedded = zip_longest(*embeddings.texts)
     groups = [names, structures]
-    for texts in asked:
-        groups.append(["" if text is None else text.sentence for text in texts])
-        phrases = ["" if text is None else text.phrase or "" for text in texts]
-        groups.append([structure_of(phrase) or phrase for phrase in phrases])
-    groups += [["" if text is None else text.sentence for text in texts] for texts in embedded]
-    return groups
+    for texts in zip_longest(*(prompt.texts for prompt in prompts), fillvalue=Prompt("", "")):
+        phrases = [text.phrase or "" for text in texts]
+        groups += [[text.sentence for text in texts], [structure_of(phrase) or phrase for phrase in phrases]]
+    embedded = zip_longest(*embeddings.texts, fillvalue=EmbeddedText("", ""))
+    return groups + [[text.sentence for text in texts] for texts in embedded]
 
 
 def embed_again(block: Mapping[str, Any], encoder: str) -> dict[str, Any]:

@@ -28,8 +28,11 @@ from lgssl_nnunet.inference.selection_maps import SelectionMapPredictor, require
 from lgssl_nnunet.inference.sides import require_same_sides
 from lgssl_nnunet.inference.stored_model import image_rules
 from lgssl_nnunet.locks import hold_lock
+from lgssl_nnunet.problems import first_of
 
 logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 3
 
 RECORD = "lgssl_prediction.json"
 DEFAULT_WORKERS = min(3, os.cpu_count() or 1)
@@ -353,8 +356,8 @@ def _check_output(call: _Call) -> None:
     existing = [str(file.relative_to(call.output)) for file in wanted if file.exists()]
     if existing:
         raise UsageError(
-            f"{call.output} already holds {_shown(existing)}: add --continue_prediction to keep them and predict the "
-            "rest, --overwrite to replace them, or choose another output folder."
+            f"{call.output} already holds {first_of(existing, _MOST_NAMED)}: add --continue_prediction to keep them "
+            "and predict the rest, --overwrite to replace them, or choose another output folder."
         )
 
 
@@ -374,9 +377,10 @@ def _refuse_unexplained(call: _Call) -> None:
     others = set(there) - {case.output.name for case in call.all_cases}
     kept = sorted(others) if call.overwrite else there
     if kept:
+        way_out = "choose another output folder" + ("" if others else ", or replace them with --overwrite")
         raise UsageError(
-            f"{call.output} holds {_shown(kept)}, of which no {RECORD} says that this model made them with these "
-            f"settings; choose another output folder{'' if others else ', or replace them with --overwrite'}."
+            f"{call.output} holds {first_of(kept, _MOST_NAMED)}, of which no {RECORD} says that this model made them "
+            f"with these settings; {way_out}."
         )
 
 
@@ -391,10 +395,6 @@ def _remove_results(call: _Call) -> None:
         probabilities = case.output.with_name(f"{case.name}.npz")
         for file in (case.output, probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)):
             file.unlink(missing_ok=True)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
+from lgssl_nnunet.data.cropping import nonzero_box
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -56,7 +58,7 @@ def draw_selection(image: np.ndarray, selection: np.ndarray, properties: dict, c
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kept = selection[kept_part(selection)]
+    kept = selection[nonzero_box(selection[None])]
     shown = _slices(image, selection, properties)
     window = CT_WINDOW if is_ct else np.percentile(image.ravel()[:: max(image.size // _SAMPLE, 1)], PERCENTILES)
     figure = Figure(figsize=(_PANEL_INCHES * len(shown) + 1.2, 2 * _PANEL_INCHES + 0.6), dpi=150, layout="constrained")
@@ -92,7 +94,7 @@ def _slices(image: np.ndarray, selection: np.ndarray, properties: dict) -> list[
         to_patient = ornt_transform(io_orientation(affine), axcodes2ornt("LPS"))
         image, selection = (_reordered(volume, to_patient) for volume in (image, selection))
         spacing = _reordered_spacing(spacing, to_patient)
-    kept = kept_part(selection)
+    kept = nonzero_box(selection[None])
     place = [box.start + index for box, index in zip(kept, most_varied_slices(selection[kept]), strict=True)]
     colored = np.full(selection.shape, np.nan, dtype=np.float32)
     colored[kept] = selection[kept]
@@ -104,15 +106,6 @@ def _slices(image: np.ndarray, selection: np.ndarray, properties: dict) -> list[
         # Upright planes are stored feet first.
         shown.append(_Slice(title, *(part[::-1] if axis and affine is not None else part for part in parts), pixel))
     return shown
-
-
-def kept_part(selection: np.ndarray) -> tuple[slice, ...]:
-    """Return the box in which a map is not 0, the whole where it is 0 everywhere."""
-    axes = range(selection.ndim)
-    places = [np.flatnonzero(selection.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
-    if not places[0].size:
-        return tuple(slice(0, size) for size in selection.shape)
-    return tuple(slice(int(found[0]), int(found[-1]) + 1) for found in places)
 
 
 def most_varied_slices(selection: np.ndarray) -> tuple[int, ...]:

@@ -13,8 +13,11 @@ from lgssl_nnunet.inference.models import BASELINE
 from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
 from lgssl_nnunet.plans.partial_labels import partial_labels
 from lgssl_nnunet.plans.splits import choose_budget
+from lgssl_nnunet.problems import first_of
 
 logger = logging.getLogger(__name__)
+
+_MOST_NAMED = 5
 
 ALL = "all"
 
@@ -188,11 +191,17 @@ def _problems_of_test_cases(dataset: RawDataset) -> list[str]:
     there = {file.name.removesuffix(ending) for file in labels.iterdir() if file.name.endswith(ending)}
     problems = []
     if without := sorted(set(dataset.test) - there):
-        problems.append(f"{labels} lacks {_shown(without)}; add the references, or take the images out of imagesTs.")
+        problems.append(
+            f"{labels} lacks {first_of(without, _MOST_NAMED)}; add the references, or take the images out of imagesTs."
+        )
     if surplus := sorted(there - set(dataset.test)):
-        problems.append(f"{dataset.folder / 'imagesTs'} lacks {_shown(surplus)}, which labelsTs has; add the images.")
+        problems.append(
+            f"{dataset.folder / 'imagesTs'} lacks {first_of(surplus, _MOST_NAMED)}, which labelsTs has; add the images."
+        )
     if shared := sorted(set(dataset.test) & set(dataset.cases)):
-        problems.append(f"{dataset.name}: {_shown(shared)} are in imagesTs and in training; remove one of the two.")
+        problems.append(
+            f"{dataset.name}: {first_of(shared, _MOST_NAMED)} are in imagesTs and in training; remove one of the two."
+        )
     return problems
 
 
@@ -204,7 +213,3 @@ def _problems_of_budgets(dataset: RawDataset, budgets: Sequence[int | None], see
         except LGSSLError as error:
             problems.append(f"{dataset.name}: {error}")
     return problems
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
