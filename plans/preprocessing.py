@@ -220,7 +220,8 @@ def preprocess_case(
             if steps.recipe is None:
                 preprocessed = _preprocess_as_planned(case, steps, partial)
             else:
-                preprocessed = preprocess(case.images, case.label, steps.recipe, partial, clear=True)
+                clear = _is_drawn_unlabeled(case, partial)
+                preprocessed = preprocess(case.images, case.label, steps.recipe, partial, clear)
             _save(preprocessed, folders.unfinished / case.identifier, steps.patch_size)
         move_into_place(temporary)
     finally:
@@ -248,9 +249,13 @@ def _preprocess_as_planned(case: Case, steps: CaseSteps, partial: PartialLabel |
         labels = partial.read(reader.read_seg(label)[0])
         image, mask, properties = preprocessor.run_case_npy(image, labels, properties, *settings)
         hide_locations(properties, partial)
-    if label is None and any(configuration_manager.use_mask_for_norm):
+    if _is_drawn_unlabeled(case, partial) and any(configuration_manager.use_mask_for_norm):
         clear_outside(image, mask[0], configuration_manager.use_mask_for_norm)
     return PreprocessedCase(image, None if label is None else mask, properties)
+
+
+def _is_drawn_unlabeled(case: Case, partial: object | None) -> bool:
+    return case.label is None or partial is not None
 
 
 def _save(case: PreprocessedCase, file: Path, patch_size: tuple[int, ...]) -> None:
@@ -298,16 +303,16 @@ def _case_keys(dataset: RawDataset, plans: Mapping[str, Any], configuration: str
             "label": file_signature(case.label) if case.label is not None else None,
             "settings": settings,
             **partial.get(name, {}),
-            **_treatment(plans, configuration, case.label is not None),
+            **_treatment(plans, configuration, _is_drawn_unlabeled(case, partial.get(name))),
         }
         for name, case in dataset.cases.items()
     }
 
 
-def _treatment(plans: Mapping[str, Any], configuration: str, is_labeled: bool) -> dict[str, Any]:
+def _treatment(plans: Mapping[str, Any], configuration: str, is_drawn_unlabeled: bool) -> dict[str, Any]:
     """Return what is noted of cases that were once made otherwise from the same files and settings."""
     masked = plans["configurations"][configuration].get("use_mask_for_norm") or ()
-    return {"cleared_outside": True} if any(masked) and not is_labeled else {}
+    return {"cleared_outside": True} if any(masked) and is_drawn_unlabeled else {}
 
 
 def _settings(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> str:
@@ -340,14 +345,14 @@ def unprepared_cases(
     split, partial = plans["lgssl"]["split"], plans["lgssl"].get("partial_labels", {})
     wanted = dict.fromkeys(split["unlabeled"], False) | dict.fromkeys(split["labeled"], True)
     sizes = {is_labeled: folders.sizes(is_labeled) for is_labeled in (True, False)}
-    treatment = {is_labeled: _treatment(plans, configuration, is_labeled) for is_labeled in (True, False)}
+    treatment = {is_drawn: _treatment(plans, configuration, is_drawn) for is_drawn in (True, False)}
     return sorted(
         name
         for name, is_labeled in wanted.items()
         if (done.get(name) or {}).get("settings") != settings
         or done[name]["labeled"] != is_labeled
         or done[name].get("annotated") != partial.get(name)
-        or not treatment[is_labeled].items() <= done[name].items()
+        or not treatment[not is_labeled or name in partial].items() <= done[name].items()
         or not _are_as_noted(name, is_labeled, sizes[is_labeled], done[name].get("files", {}))
     )
 

@@ -146,7 +146,7 @@ def preprocess(
         label: segmentation file, None for a case without one.
         recipe: of the configuration.
         partial: how the label is read if it is annotated in part only.
-        clear: without a label file, do what `clear_outside` does.
+        clear: do what `clear_outside` does.
 
     Raises:
         ValueError: image and label differ in shape.
@@ -176,8 +176,9 @@ def preprocess(
     if labels is not None:
         labels = resample_labels(labels, shape, nearest[1])[None]
         properties["class_locations"] = class_locations(labels, recipe.classes)
-    elif clear and mask is not None:
-        clear_outside(image, resample_labels(OUTSIDE * mask.astype(np.int8), shape, nearest[1]), recipe.masked)
+    if clear and any(recipe.masked):
+        body = resample_labels(OUTSIDE * mask.astype(np.int8), shape, nearest[1]) if labels is None else labels[0]
+        clear_outside(image, body, recipe.masked)
     if partial is not None:
         hide_locations(properties, partial)
     return PreprocessedCase(image, labels, properties)
@@ -186,7 +187,8 @@ def preprocess(
 def clear_outside(image: np.ndarray, label: np.ndarray, masked: Sequence[bool]) -> None:
     """Set masked channels to exactly 0 outside of the body, where a spline leaves waves around it.
 
-    nnU-Net's augmentation does so with labelled patches, by the label `OUTSIDE`; an unlabelled case has none to keep.
+    nnU-Net's augmentation does so with labelled patches, by the label `OUTSIDE`; patches of the unlabelled stream have
+    none.
 
     Args:
         image: (C, X, Y, Z), changed.

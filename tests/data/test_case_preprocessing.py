@@ -122,10 +122,21 @@ def test_an_unlabelled_image_is_zero_outside_of_the_body_where_labelled_patches_
         assert (plain[1][outside_body] != 0).mean() > 0.2  # what the spline leaves there
 
 
-@pytest.mark.parametrize("labeled", [True, False])
-def test_images_with_a_label_or_without_a_masked_channel_are_not_cleared(case, labeled):
+def test_an_image_with_a_label_is_zero_where_the_label_is_outside(case):
     images, label = case
-    recipe = recipe_of(*plans(use_mask_for_norm=[False, labeled]))
+    recipe = recipe_of(*plans())
+    plain, cleared = (preprocess(images, label, recipe, clear=clear) for clear in (False, True))
+    outside_body = cleared.label[0] < 0
+    assert np.abs(plain.image[1][outside_body]).max() > 0.01
+    np.testing.assert_array_equal(cleared.image[1], np.where(outside_body, 0, plain.image[1]))
+    np.testing.assert_array_equal(cleared.image[0], plain.image[0])  # that channel is not masked
+    np.testing.assert_array_equal(cleared.label, plain.label)
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_an_image_without_a_masked_channel_is_not_cleared(case, labeled):
+    images, label = case
+    recipe = recipe_of(*plans(use_mask_for_norm=[False, False]))
     plain, cleared = (preprocess(images, label if labeled else None, recipe, clear=c).image for c in (False, True))
     np.testing.assert_array_equal(plain, cleared)
 

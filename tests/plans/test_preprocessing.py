@@ -154,10 +154,12 @@ def test_a_changed_label_is_copied_again_and_others_are_left_alone(raw_dataset, 
 
 @pytest.fixture
 def stripped(raw_dataset):
-    """Images with zeros around the body, a labelled and an unlabelled one on another grid than the others."""
+    """Images with zeros around the body, three on another grid: with a label, with a part of one, with none."""
     writer = raw_dataset(labeled=4, unlabeled=0, in_images_un=0, test=0, channel_names={"0": "MRI"})
-    for name in ("lab_other", "unl_other"):
-        writer.add(name, labeled=name == "lab_other", spacing=(1.4, 1.3, 1.2))
+    for name in ("lab_other", "part_other", "unl_other"):
+        writer.add(name, labeled=name != "unl_other", spacing=(1.4, 1.3, 1.2))
+    writer.content["annotated"] = {"part_other": ["liver"]}
+    writer.write_json()
     for file in (writer.folder / "imagesTr").iterdir():
         volume = sitk.ReadImage(str(file))
         image = sitk.GetArrayFromImage(volume)
@@ -170,7 +172,7 @@ def stripped(raw_dataset):
 
 
 @pytest.mark.parametrize("stock", [False, True], ids=["ours", "nnunet"])
-def test_unlabelled_images_are_zero_outside_of_the_body_and_labelled_ones_as_nnunet_makes_them(
+def test_images_unlabelled_or_in_part_are_zero_outside_of_the_body_and_labelled_ones_as_nnunet_makes_them(
     stock, stripped, plan_tiny, preprocessed, monkeypatch
 ):
     if stock:
@@ -179,29 +181,29 @@ def test_unlabelled_images_are_zero_outside_of_the_body_and_labelled_ones_as_nnu
     configuration = manager.get_configuration("3d_fullres")
     assert configuration.use_mask_for_norm == [True]
     preprocessor = configuration.preprocessor_class(verbose=False)
-    labels = {"lab_other": str(stripped.label_file("lab_other")), "unl_other": None}
-    for name, suffix in (("lab_other", ""), ("unl_other", "_unlabeled")):
-        files = [str(stripped.image_file(name))]
-        image, label, _ = preprocessor.run_case(files, labels[name], manager, configuration, stripped.content)
+    for name, suffix in (("lab_other", ""), ("part_other", ""), ("unl_other", "_unlabeled")):
+        files, label_file = [str(stripped.image_file(name))], None if suffix else str(stripped.label_file(name))
+        image, label, _ = preprocessor.run_case(files, label_file, manager, configuration, stripped.content)
         stored = blosc2.open(str(preprocessed / f"{plans['plans_name']}_3d_fullres{suffix}" / f"{name}.b2nd"))[:]
         cleared = np.where(label == -1, 0, image)
         assert np.abs(cleared - image).max() > 0.01
-        expected = cleared if suffix else image
+        expected = image if name == "lab_other" else cleared
         assert (np.abs(stored - expected) <= 1e-5 * np.ptp(image)).mean() > 0.999  # ties of the mask may differ
 
 
-def test_unlabelled_cases_made_before_they_were_cleared_are_made_again_and_no_others(
+def test_cases_made_before_they_were_cleared_are_made_again_and_no_others(
     stripped, plan_tiny, preprocessed, redone
 ):
     plans = json.loads(plan_tiny().read_text())
     redone.clear()
     manifest = preprocessed / "LGSSLCPUPlans_3d_fullres.manifest.json"
     entries = json.loads(manifest.read_text())
-    assert [name for name, entry in entries.items() if entry.pop("cleared_outside", False)] == ["unl_other"]
+    cleared = ["part_other", "unl_other"]
+    assert [name for name, entry in entries.items() if entry.pop("cleared_outside", False)] == cleared
     manifest.write_text(json.dumps(entries))
-    assert preprocessing.unprepared_cases(preprocessed, plans, "3d_fullres", stripped.content) == ["unl_other"]
+    assert preprocessing.unprepared_cases(preprocessed, plans, "3d_fullres", stripped.content) == cleared
     plan_tiny()
-    assert redone == ["unl_other"]
+    assert redone == cleared
     assert preprocessing.unprepared_cases(preprocessed, plans, "3d_fullres", stripped.content) == []
 
 
