@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +100,9 @@ def test_the_script_measures_every_cell_and_writes_nothing_to_the_results(tiny_d
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["trainer"] for row in rows] == [step_cost.REFERENCE, "PseudoLabelTrainer", "MeanTeacherTrainer:noise=0"]
     for row in rows:
-        assert row["step seconds"] == pytest.approx(statistics.median(sum(row["every step's seconds"], [])), rel=1e-3)
+        (first,), (second,) = row["every step's seconds"]
+        assert row["step seconds"] == pytest.approx((first + second) / 2, rel=1e-3)
         assert row["floor seconds"] > 0
         assert row["counted ratio"] == pytest.approx(row["floor ratio"], rel=0.02)
-        assert [len(seconds) for seconds in row["every step's seconds"]] == [1, 1]
     assert f"| {rows[2]['trainer']} | " in done.stdout
     assert not (tmp_path / "results").exists()
