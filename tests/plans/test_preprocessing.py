@@ -191,9 +191,7 @@ def test_images_unlabelled_or_in_part_are_zero_outside_of_the_body_and_labelled_
         assert (np.abs(stored - expected) <= 1e-5 * np.ptp(image)).mean() > 0.999  # ties of the mask may differ
 
 
-def test_cases_made_before_they_were_cleared_are_made_again_and_no_others(
-    stripped, plan_tiny, preprocessed, redone
-):
+def test_cases_made_before_they_were_cleared_are_made_again_and_no_others(stripped, plan_tiny, preprocessed, redone):
     plans = json.loads(plan_tiny().read_text())
     redone.clear()
     manifest = preprocessed / "LGSSLCPUPlans_3d_fullres.manifest.json"
