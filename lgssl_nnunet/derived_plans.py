@@ -150,7 +150,7 @@ def _check_numbers(
 def _changed_hyperparameters(
     trainer_class: type, training: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from lgssl_nnunet.engine.hyperparameters import override
+    from lgssl_nnunet.engine.hyperparameters import override, request
 
     defaults = getattr(trainer_class, "hyperparameters", None)
     if defaults is None:
@@ -158,5 +158,5 @@ def _changed_hyperparameters(
             raise UsageError(f"{trainer_class.__name__} takes no hyper-parameters; leave out --set.")
         return {}
     planned = override(defaults, training.get("hyperparameters", {}), trainer_class.__name__)
-    chosen = override(planned, values, trainer_class.__name__)
+    chosen = request(planned, values, trainer_class.__name__)
     return {name: getattr(chosen, name) for name in values if getattr(chosen, name) != getattr(planned, name)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
-from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, check_unused, resolve
+from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
 from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill
 from lgssl_nnunet.losses.language import alignment, class_map_loss
 from lgssl_nnunet.losses.marginal import certain_labels
@@ -65,14 +66,13 @@ class LGSSLHyperparameters:
     ramp_fraction: float = 0.4
     prediction: str = "first"
 
+    unused: ClassVar = {"prompt_mode": PROMPT_MODES, "residual_gate": {False: ("gate_start",)}}
+
     def __post_init__(self) -> None:
         check_choices(self, prompt_mode=PROMPT_MODES, prompt_source=PROMPT_SOURCES, agreement=("squared", "distill"))
         check_choices(self, prediction=PREDICTIONS)
-        check_ranges(self, tvsf_stages=(1, None), class_map_weight=(0, None), alignment_weight=(0, None))
-        check_ranges(self, dropout=(0, 0.99), ramp_fraction=(0, 1))
-        check_ranges(self, consistency_weight=(0, None), agreement_weight=(0, None), difference_weight=(0, None))
-        check_unused(self, f"prompt_mode={self.prompt_mode}", *PROMPT_MODES[self.prompt_mode])
-        check_unused(self, "residual_gate=False", *(() if self.residual_gate else ("gate_start",)))
+        weights = dict.fromkeys((name for name in vars(self) if name.endswith("_weight")), (0, None))
+        check_ranges(self, tvsf_stages=(1, None), dropout=(0, 0.99), ramp_fraction=(0, 1), **weights)
 
 
 class LGSSLTrainer(SemiSupervisedTrainer):

@@ -48,6 +48,28 @@ def override(defaults: T, values: Mapping[str, Any], owner: str) -> T:
         raise UsageError(f"Hyper-parameters of {owner}: {error}.") from error
 
 
+def request(planned: T, values: Mapping[str, Any], owner: str) -> T:
+    """Return `override` for values that a user asks for, of which each must have an effect.
+
+    A dataclass whose values can leave others without effect says so in a class variable `unused`: by field and value
+    the names of those others. Stored plans are not checked, so that models trained before a name came in stay usable.
+
+    Raises:
+        UsageError: as `override`, or a value asked for differs from its default and has no effect.
+    """
+    chosen = override(planned, values, owner)
+    defaults = {field.name: field.default for field in dataclasses.fields(chosen)}
+    for choice, names_by_value in getattr(chosen, "unused", {}).items():
+        names = names_by_value.get(getattr(chosen, choice), ())
+        idle = [name for name in names if name in values and getattr(chosen, name) != defaults[name]]
+        if idle:
+            raise UsageError(
+                f"Hyper-parameters of {owner}: {choice}={getattr(chosen, choice)} leaves {', '.join(idle)} without "
+                "effect; leave that out."
+            )
+    return chosen
+
+
 def resolve(defaults: T, plans: Mapping[str, Any], owner: str) -> T:
     """Return `defaults` with the overrides recorded in the plans (`lgssl_train --set name=value`)."""
     training = plans.get("lgssl", {}).get("training", {})
@@ -84,23 +106,6 @@ def check_choices(values: Any, **choices: Sequence[str]) -> None:
         value = getattr(values, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown, choose one of {', '.join(allowed)}")
-
-
-def check_unused(values: Any, choice: str, *names: str) -> None:
-    """Refuse fields of a dataclass that a choice leaves without effect, where they are not at their default.
-
-    Args:
-        values: the dataclass.
-        choice: what leaves them without effect, for example "prompt_mode=none".
-        names: the fields.
-
-    Raises:
-        ValueError: a field holds another value than its default.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(values)}
-    changed = [name for name in names if getattr(values, name) != defaults[name]]
-    if changed:
-        raise ValueError(f"{choice} leaves {', '.join(changed)} without effect, which can be left out")
 
 
 def check_ranges(values: Any, **ranges: tuple[float, float | None]) -> None:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from lgssl_nnunet.engine.hyperparameters import request, resolve
 from lgssl_nnunet.engine.seeding import seed_everything
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.trainers import lg_ssl
@@ -279,24 +280,24 @@ def test_the_class_map_is_learned(start):
     assert values[-1] < 0.9 * values[0]
 
 
-@pytest.mark.parametrize("mode", ["fixed_volume", "none"])
-@pytest.mark.parametrize("name", ["class_map_weight", "alignment_weight"])
-def test_ties_to_words_need_attention(mode, name, build):
-    with pytest.raises(UsageError, match=f"prompt_mode={mode} leaves {name} without effect"):
-        build("LGSSLTrainer", training={"seed": 0, "hyperparameters": {"prompt_mode": mode, name: 1.0}})
-
-
 @pytest.mark.parametrize(
     ("choice", "name", "value"),
     [
         ({"prompt_mode": "none"}, "prompt_source", "random"),
         ({"prompt_mode": "none"}, "tvsf_stages", 2),
         ({"prompt_mode": "none"}, "text_encoder", "file:bank.npz"),
+        ({"prompt_mode": "none"}, "alignment_weight", 1.0),
+        ({"prompt_mode": "fixed_volume"}, "class_map_weight", 1.0),
         ({"residual_gate": False}, "gate_start", 0.5),
     ],
 )
-def test_what_would_have_no_effect_is_refused(choice, name, value):
-    with pytest.raises(ValueError, match=f"leaves {name} without effect"):
-        lg_ssl.LGSSLHyperparameters(**choice, **{name: value})
-    lg_ssl.LGSSLHyperparameters(**choice)
-    lg_ssl.LGSSLHyperparameters(**{name: value})
+def test_what_would_have_no_effect_is_refused_when_asked_for_and_stored_models_stay_usable(choice, name, value):
+    defaults = lg_ssl.LGSSLHyperparameters()
+    with pytest.raises(UsageError, match=f"leaves {name} without effect"):
+        request(defaults, {**choice, name: value}, "LGSSLTrainer")
+    request(defaults, choice, "LGSSLTrainer")
+    request(defaults, {name: value}, "LGSSLTrainer")
+    stored = {"lgssl": {"training": {"hyperparameters": {**choice, name: value}}}}
+    planned = resolve(defaults, stored, "LGSSLTrainer")
+    assert getattr(planned, name) == value
+    assert request(planned, {"dropout": 0.1}, "LGSSLTrainer").dropout == 0.1

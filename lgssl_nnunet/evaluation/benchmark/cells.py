@@ -101,7 +101,7 @@ def parse_method(word: str) -> tuple[str, dict[str, Any]]:
     Raises:
         UsageError: no such trainer in this package, or no such hyper-parameter or value.
     """
-    from lgssl_nnunet.engine.hyperparameters import override
+    from lgssl_nnunet.engine.hyperparameters import request
     from lgssl_nnunet.registry import find_trainer, trainer_names
 
     trainer, _, words = word.partition(":")
@@ -112,7 +112,7 @@ def parse_method(word: str) -> tuple[str, dict[str, Any]]:
     if any(not separator for _, separator, _ in pairs):
         raise UsageError(f"{word}: settings are written {trainer}:NAME=VALUE,NAME=VALUE.")
     defaults = trainer_class.hyperparameters
-    chosen = override(defaults, {name: value for name, _, value in pairs}, trainer)
+    chosen = request(defaults, {name: value for name, _, value in pairs}, trainer)
     return trainer, {
         name: getattr(chosen, name) for name, _, _ in pairs if getattr(chosen, name) != getattr(defaults, name)
     }
