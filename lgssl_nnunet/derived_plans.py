@@ -115,13 +115,25 @@ def _text_encoder(plans: Mapping[str, Any]) -> str:
     return plans.get("lgssl", {}).get("training", {}).get("hyperparameters", {}).get("text_encoder", _PLANNED)
 
 
+def are_of_one_training(stored: Mapping[str, Any] | None, plans: Mapping[str, Any]) -> bool:
+    """Whether a training with the stored plans of a model goes on with these.
+
+    `left_right`, by which images of others are compared in prediction, may be new: no training reads it, and planning
+    did not always note it.
+    """
+    ours, theirs = plans.get("lgssl"), (stored or {}).get("lgssl")
+    if isinstance(ours, dict) and isinstance(theirs, dict) and "left_right" not in theirs:
+        plans = {**plans, "lgssl": {name: value for name, value in ours.items() if name != "left_right"}}
+    return stored == plans
+
+
 def _text_of_model(model_folder: Path, plans: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the text block of a model that was trained with these plans, None without one."""
     stored = read_json_if_valid(model_folder / "plans.json")
     if not stored or not isinstance(stored.get("lgssl"), dict):
         return None
     text, planned = stored["lgssl"].get("text") or {}, plans["lgssl"].get("text") or {}
-    same = {**stored, "lgssl": {**stored["lgssl"], "text": planned}} == plans
+    same = are_of_one_training({**stored, "lgssl": {**stored["lgssl"], "text": planned}}, plans)
     return text if same and text.get("prompts") == planned.get("prompts") else None
 
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lgssl_nnunet.derived_plans import derive_plans, with_text
+from lgssl_nnunet.derived_plans import are_of_one_training, derive_plans, with_text
 from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
 from lgssl_nnunet.files import read_json, read_json_if_valid, write_json
 from lgssl_nnunet.paths import (
@@ -380,7 +380,7 @@ def _refuse_other_plans(model_folder: Path, plans: Mapping[str, Any]) -> None:
     file = model_folder / "plans.json"
     if not any((fold / name).is_file() for fold in model_folder.glob("fold_*") for name in CHECKPOINTS):
         return
-    if file.is_file() and read_json_if_valid(file) != plans:
+    if file.is_file() and not are_of_one_training(read_json_if_valid(file), plans):
         raise CheckpointError(
             f"{file} differs from the present {plans['plans_name']}: the dataset was planned anew since these folds "
             "were trained. Move the model folder away to train again, or plan as before to go on with them."

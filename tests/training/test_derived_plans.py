@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lgssl_nnunet.derived_plans import derive_plans, with_text
+from lgssl_nnunet.derived_plans import are_of_one_training, derive_plans, with_text
 from lgssl_nnunet.errors import PlansError, PromptError, UsageError
 from lgssl_nnunet.registry import find_trainer
 from lgssl_nnunet.text.bank import EmbeddingBank
@@ -306,3 +306,13 @@ def test_plans_without_text_and_plans_of_another_encoder_say_what_to_do(derive, 
     del plans["lgssl"]["text"]
     with pytest.raises(PromptError, match="hold no prompts"):
         derive(plans, hyperparameters={"text_encoder": "bank"})
+
+
+def test_a_note_of_sides_that_planning_has_learned_since_does_not_stop_a_training(derive):
+    stored = derive(seed=1)
+    now, other = ({**stored, "lgssl": {**stored["lgssl"], "left_right": {"axis": 2, "sign": s}}} for s in (1, -1))
+    assert are_of_one_training(stored, now)
+    assert not are_of_one_training(other, now)
+    assert not are_of_one_training(now, stored)
+    assert not are_of_one_training(None, now)
+    assert not are_of_one_training({**stored, "plans_name": "Another"}, now)
