@@ -33,9 +33,12 @@ def with_edits(content: Mapping[str, Any], file: Path, copy: Path) -> dict[str, 
     edited = [key for key in {**written, **found} if found.get(key) != written.get(key)]
     unclear = [key for key in edited if content.get(key) not in (written.get(key), found.get(key))]
     if unclear:
+        reason = "was changed in what the merge has to write anew"
+        if not written:
+            reason = f"is to be written anew, and without {copy.name} your changes cannot be told from what was merged"
         raise UsageError(
-            f"{file}: was changed in what the merge has to write anew ({', '.join(unclear)}); move it away, run the "
-            "command again and make your changes in the new one."
+            f"{file}: {reason} ({', '.join(unclear)}); move it away, run the command again and make your changes in "
+            "the new one."
         )
     kept = {key: found[key] for key in edited if key in found}
     return {**{key: entry for key, entry in content.items() if key not in edited or key in kept}, **kept}

@@ -781,6 +781,7 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         if not bool(torch.isfinite(norm)):
             scale = scaler.get_scale()
             scaler.update()
+            scale = scale if scaler.get_scale() < scale else 1.0  # not lowered: the norm alone is not finite
             raise NonFiniteError("the norm of the gradient, although the loss is finite,", float(norm), scale)
         scaler.step(self.optimizer)
         scaler.update()

@@ -66,13 +66,16 @@ def check_sizes(hp: Any, cases: int, classes: int) -> None:
 
     Args:
         hp: with `memory_size` (embeddings kept per case and class), `memory_samples` (those of a class that are drawn,
-            or none) and `max_queries` (voxels of a class that are compared, for two classes).
+            or none), `max_queries` (voxels of a class that are compared, for two classes) and `correlation_weight` (of
+            the comparison, at 0 of which any size will do).
         cases: training cases.
         classes: with background.
 
     Raises:
         UsageError: the memory never holds enough for a draw, or the queries are fewer than the classes.
     """
+    if not hp.correlation_weight:
+        return
     most = hp.memory_size * cases
     if most < hp.memory_samples:
         raise UsageError(

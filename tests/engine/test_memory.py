@@ -119,8 +119,8 @@ def test_restoring_replaces_what_was_there_and_is_not_tied_to_the_state():
     assert numbers(state["a"][0]) == [1, 2, 3]
 
 
-def sizes(memory_size: int, memory_samples: int, max_queries: int) -> SimpleNamespace:
-    return SimpleNamespace(memory_size=memory_size, memory_samples=memory_samples, max_queries=max_queries)
+def sizes(memory_size: int, memory_samples: int, max_queries: int, correlation_weight: float = 1) -> SimpleNamespace:
+    return SimpleNamespace(**locals())
 
 
 def test_sizes_that_just_suffice_are_taken_and_smaller_ones_refused_with_the_remedy():
@@ -129,6 +129,7 @@ def test_sizes_that_just_suffice_are_taken_and_smaller_ones_refused_with_the_rem
         check_sizes(sizes(63, 255, 2), cases=4, classes=4)
     with pytest.raises(UsageError, match=r"max_queries=2 leaves no voxel for each of 5 classes: .* max_queries=3 or"):
         check_sizes(sizes(64, 255, 2), cases=4, classes=5)
+    check_sizes(sizes(63, 255, 2, correlation_weight=0), cases=4, classes=5)
 
 
 @pytest.mark.parametrize(("samples", "drawn"), [(6, 6), (7, 0)])

@@ -376,6 +376,13 @@ def test_a_change_of_what_is_to_be_written_anew_is_refused_before_anything_is_wr
     assert set(before) < set(files_below(merged.parent))
 
 
+def test_without_the_copy_nobody_is_told_that_he_changed_what_is_to_be_written_anew(two):
+    (here([901, 902], 903) / "merge" / "dataset.json.written").unlink()
+    two[0].add("lab_09")
+    with pytest.raises(UsageError, match=r"without dataset.json.written your changes cannot be told .*numTraining"):
+        here([901, 902], 903)
+
+
 def test_an_end_between_dataset_json_and_its_copy_changes_nothing(two):
     merged = here([901, 902], 903)
     copy = merged / "merge" / "dataset.json.written"

@@ -72,3 +72,14 @@ def test_a_gradient_that_is_not_finite_at_scale_one_is_named_counted_and_ends_th
     with pytest.raises(TrainingError, match=r"5 steps in a row .* iteration 7, because the norm of the gradient"):
         trainer.train_step(next(trainer.dataloader_train))
     assert same(state_of(trainer), before)
+
+
+def test_finite_gradients_whose_norm_overflows_are_counted_since_the_scale_does_not_fall(scaled):
+    trainer = scaled(4)
+    break_gradients(trainer, 1e25)
+    for _ in range(4):
+        trainer.train_step(next(trainer.dataloader_train))
+    assert trainer.grad_scaler.get_scale() == 4
+    assert trainer.non_finite.in_a_row == 4
+    with pytest.raises(TrainingError, match=r"5 steps in a row"):
+        trainer.train_step(next(trainer.dataloader_train))
