@@ -1,4 +1,4 @@
-"""Which cases of the plans train and which validate in a fold."""
+"""Which cases of the plans train, which train without a label, and which validate in a fold."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def fold_cases(settings: Mapping[str, Any], fold: int | str) -> tuple[list[str],
     split = generate_crossval_split(labeled, seed=12345, n_splits=5)[int(fold)]
     validation = list(split["val"])
     return without_twins(list(split["train"]), validation, settings.get("twins", [])), validation
+
+
+def fold_unlabeled(settings: Mapping[str, Any], fold: int | str) -> list[str]:
+    """Return the unlabelled cases of the plans, without twins of the fold's validation cases."""
+    cases = sorted(settings["split"]["unlabeled"])
+    return cases if fold == "all" else without_twins(cases, fold_cases(settings, fold)[1], settings.get("twins", []))
+
+
+def fold_partly_annotated(settings: Mapping[str, Any], fold: int | str) -> list[str]:
+    """Return the fold's training cases that leave a class open."""
+    return [case for case in fold_cases(settings, fold)[0] if case in settings.get("partial_labels", {})]

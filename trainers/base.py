@@ -26,7 +26,6 @@ from lgssl_nnunet.data.partial_labels import PartialLabel, foreground_classes
 from lgssl_nnunet.data.spatial import interpolate_at_boundaries
 from lgssl_nnunet.data.unlabeled import UnlabeledDataset, UnlabeledLoader
 from lgssl_nnunet.data.views import ViewsTransform, make_deterministic, split_views
-from lgssl_nnunet.dataset_conversion.twins import without_twins
 from lgssl_nnunet.engine import distributed, hyperparameters
 from lgssl_nnunet.engine.allocation import keep_freed_memory
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest
@@ -55,7 +54,7 @@ from lgssl_nnunet.losses.marginal import marginal_logits
 from lgssl_nnunet.losses.pseudo_labels import hard_labels
 from lgssl_nnunet.networks.unet import planned_unet
 from lgssl_nnunet.paths import LATEST_CHECKPOINT
-from lgssl_nnunet.plans.folds import fold_cases
+from lgssl_nnunet.plans.folds import fold_cases, fold_partly_annotated, fold_unlabeled
 from lgssl_nnunet.plans.partial_labels import missing_classes
 from lgssl_nnunet.plans.stored import planned_as, training_seed
 
@@ -312,23 +311,31 @@ class SemiSupervisedTrainer(nnUNetTrainer):
         planned = PlansManager(plans).get_configuration(configuration)
         if planned.previous_stage_name is not None:
             raise PlansError(f"{configuration} is a cascade, which {name} cannot train: use 3d_fullres.")
-        has_images = split["unlabeled"] or (cls.supports_partial_labels and plans["lgssl"].get("partial_labels"))
-        if cls.views and not has_images:
-            raise SplitError(
-                f"{plans_name} have no unlabelled image, and {name} learns from them: put images into imagesUn, plan "
-                "with --labeled N, or train SupervisedTrainer."
-            )
         if fold != "all" and len(split["labeled"]) < MIN_CASES_FOR_FOLDS:
             raise SplitError(
                 f"Fold {fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and {plans_name} have "
                 f"{len(split['labeled'])}: train with -f all."
             )
+        if cls.views:
+            cls._check_unlabeled(plans, fold)
         if "partial_labels" in plans["lgssl"]:
             cls._check_partial_labels(plans, fold, dataset_json)
         if cls.pairs_batches:
             cls.check_pairs(plans, configuration)
         if distributed.num_processes() > 1:
             cls.check_processes(plans, configuration, distributed.num_processes())
+
+    @classmethod
+    def _check_unlabeled(cls, plans: dict[str, Any], fold: int | str) -> None:
+        """Refuse plans, or a fold of them, in which nothing is unlabelled."""
+        settings = plans["lgssl"]
+        if fold_unlabeled(settings, fold) or (cls.supports_partial_labels and fold_partly_annotated(settings, fold)):
+            return
+        what, remedy = ("", "") if fold == "all" else (f" for fold {fold}", "train with -f all, ")
+        raise SplitError(
+            f"{plans['plans_name']} have no unlabelled image{what}, and {cls.__name__} learns from them: {remedy}put "
+            "images into imagesUn, plan with --labeled N, or train SupervisedTrainer."
+        )
 
     @classmethod
     def _check_partial_labels(cls, plans: dict[str, Any], fold: int | str, dataset_json: dict[str, Any]) -> None:
@@ -456,15 +463,11 @@ class SemiSupervisedTrainer(nnUNetTrainer):
 
     def unlabeled_cases(self) -> list[str]:
         """Return the unlabelled cases of the plans, without twins of this fold's validation cases."""
-        cases = sorted(self.settings["split"]["unlabeled"])
-        if self.fold == "all":
-            return cases
-        return without_twins(cases, self.do_split()[1], self.settings.get("twins", []))
+        return fold_unlabeled(self.settings, self.fold)
 
     def partly_annotated_cases(self) -> list[str]:
         """Return the training cases that leave a class open: they are unlabelled there, so both streams draw them."""
-        partial = self.settings.get("partial_labels", {})
-        return [case for case in self.do_split()[0] if case in partial]
+        return fold_partly_annotated(self.settings, self.fold)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
         """Restrict nnU-Net's mirroring to the axes that the plans allow (left and right must stay apart)."""

@@ -387,6 +387,18 @@ def test_a_fold_whose_training_cases_lack_a_class_is_refused(tiny_dataset, build
         build_trainer("SupervisedTrainer", fold=fold, partial_labels=partial)
 
 
+def test_a_fold_that_leaves_nothing_unlabelled_is_refused(tiny_dataset, build_trainer):
+    split = {**tiny_dataset().plans()["lgssl"]["split"], "unlabeled": []}
+    (partial, *_), options = sorted(split["labeled"]), {"split": split}
+    folds = [build_trainer("SupervisedTrainer", fold=fold).do_split()[1] for fold in range(5)]
+    (lacking,) = (fold for fold, validation in enumerate(folds) if partial in validation)
+    options["partial_labels"] = {partial: ["liver"]}
+    with pytest.raises(SplitError, match=f"no unlabelled image for fold {lacking}, .* train with -f all, put images"):
+        build_trainer("LGSSLTrainer", fold=lacking, **options)
+    for fold in {*range(5), "all"} - {lacking}:
+        build_trainer("LGSSLTrainer", fold=fold, **options)
+
+
 def test_two_scans_are_enough_for_the_budget_check(planned):
     from lgssl_nnunet.plans.cases import load_raw_dataset
 
