@@ -103,7 +103,7 @@ def case_and_channel(file: Path, file_ending: str) -> tuple[str, int | None]:
 
 
 def require_intact(file: Path) -> None:
-    """Raise if a NIfTI file is damaged or holds NaN or infinite voxels: ITK reads 0 for them without a word.
+    """Raise if a file is damaged, or a NIfTI file holds NaN or infinite voxels: ITK reads both without a word.
 
     Raises:
         DatasetError: with what is wrong, or the number of such voxels.
@@ -119,9 +119,8 @@ def require_intact(file: Path) -> None:
 def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
     """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None."""
     try:
-        if file.name.endswith(_NIFTI_ENDINGS):
-            require_whole(file)
-        else:
+        require_whole(file)
+        if not file.name.endswith(_NIFTI_ENDINGS):
             rules.reader().read_seg(str(file))
         grid, wanted = (_channels_and_grid(path, rules)[1] for path in (file, image))
     except Exception as error:
