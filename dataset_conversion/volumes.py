@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
@@ -30,6 +31,11 @@ _NIFTI_FAULTS = (
     zlib.error,
 )
 _GZIP_CHUNK = 1 << 22
+_ZLIB_CHUNK = 1 << 16  # packed: up to a thousand times as much unpacked
+_ZLIB_OR_GZIP = zlib.MAX_WBITS | 32
+_FIELDS = re.MULTILINE | re.IGNORECASE
+_MHA_HEADER_ENDS = re.compile(rb"^ElementDataFile\s*=\s*LOCAL[ \t\r]*\n", _FIELDS)
+_NRRD_HEADER_ENDS = re.compile(rb"\n\r?\n")
 _LONGEST_REASON = 200
 _ITK_SOURCE = re.compile(r"^(?:sitk::|itk::|ITK )ERROR: (?:\w+\(0x[0-9a-f]+\): )?|^\[nrrd\] (?:\w+: )?")
 
@@ -69,14 +75,50 @@ def read_volume(path: Path) -> sitk.Image:
 def require_whole(path: Path) -> None:
     """Raise OSError, EOFError or zlib.error if a file is cut off, or damaged where its compression has a checksum.
 
-    A compressed file is unpacked for its checksum, once more than by its reader: for files whose every byte counts.
+    A compressed file (`.nii.gz`, `.mha`, `.nrrd`) is unpacked for its checksum, once more than by its reader: for files
+    whose every byte counts. ITK itself reads a damaged `.mha`, and some `.nrrd`, as other voxels without an error.
     """
     require_whole_nifti(path)
-    if path.suffix != ".gz":
-        return
-    with gzip.open(path) as stream:
-        while stream.read(_GZIP_CHUNK):
+    unpack = {".gz": _unpack_gzip, ".mha": _unpack_mha, ".nrrd": _unpack_nrrd}.get(path.suffix)
+    if unpack is not None:
+        with path.open("rb") as stream:
+            unpack(stream)
+
+
+def _unpack_gzip(stream: BinaryIO) -> None:
+    with gzip.open(stream) as unpacked:
+        while unpacked.read(_GZIP_CHUNK):
             pass
+
+
+def _unpack_mha(stream: BinaryIO) -> None:
+    """Unpack the voxels of a MetaImage, if they are compressed and in this file."""
+    header = _header(stream, _MHA_HEADER_ENDS)
+    if not re.search(rb"^CompressedData\s*=\s*[Tt1]", header, re.MULTILINE):
+        return
+    unpacker = zlib.decompressobj(_ZLIB_OR_GZIP)
+    while not unpacker.eof:
+        block = stream.read(_ZLIB_CHUNK)
+        if not block:
+            raise EOFError("truncated: the compressed voxels do not end as they should")
+        unpacker.decompress(block)
+
+
+def _unpack_nrrd(stream: BinaryIO) -> None:
+    """Unpack the voxels of an NRRD file, if they are compressed by gzip, in this file and right behind the header."""
+    header = _header(stream, _NRRD_HEADER_ENDS)
+    is_gzip = re.search(rb"^encoding: *gz(ip)?\s*$", header, _FIELDS)
+    if is_gzip and not re.search(rb"^(data ?file|line skip):", header, _FIELDS):
+        _unpack_gzip(stream)
+
+
+def _header(stream: BinaryIO, ends: re.Pattern[bytes]) -> bytes:
+    """Return what precedes the voxels, and go there; nothing if no voxels follow the header."""
+    found = ends.search(stream.read(_GZIP_CHUNK))
+    if found is None:
+        return b""
+    stream.seek(found.end())
+    return found.string[: found.end()]
 
 
 def require_whole_nifti(path: Path) -> None:

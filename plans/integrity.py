@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _KEYS_PER_CASE = 3
 """A case may have been read as a labelled, as an unlabelled (left out by a budget) and as a held-out one."""
-_MANIFEST_VERSION = 2
+_MANIFEST_VERSION = 3
 """To be raised when checks or prints change: cases in older manifests are read again."""
 
 

@@ -44,7 +44,7 @@ class ImageRules:
         channel_names: one per channel, in order.
         file_ending: for example `.nii.gz`.
         reader: the reader of the model's plans.
-        left_right: how its own images lay, where its classes have sides.
+        left_right: how its own images lay, where its classes have sides and training did not mirror these.
     """
 
     channel_names: tuple[str, ...]
@@ -103,7 +103,7 @@ def case_and_channel(file: Path, file_ending: str) -> tuple[str, int | None]:
 
 
 def require_intact(file: Path) -> None:
-    """Raise if a NIfTI file is damaged or holds NaN or infinite voxels: ITK reads 0 for them without a word.
+    """Raise if a file is damaged, or a NIfTI file holds NaN or infinite voxels: ITK reads both without a word.
 
     Raises:
         DatasetError: with what is wrong, or the number of such voxels.
@@ -119,9 +119,8 @@ def require_intact(file: Path) -> None:
 def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
     """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None."""
     try:
-        if file.name.endswith(_NIFTI_ENDINGS):
-            require_whole(file)
-        else:
+        require_whole(file)
+        if not file.name.endswith(_NIFTI_ENDINGS):
             rules.reader().read_seg(str(file))
         grid, wanted = (_channels_and_grid(path, rules)[1] for path in (file, image))
     except Exception as error:
@@ -199,21 +198,25 @@ def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Fi
 
 
 def _naming_problems(files: Sequence[Path], rules: ImageRules) -> list[str]:
-    """Return where the names of a case's files, if they tell case and channel, contradict their places in the list."""
-    if len(files) < 2:
+    """Return where the names of a case's files, if they tell case and channel, contradict their places in the list.
+
+    A number at the end of a name may also be a year, or 0 in each name. Numbers tell channels where every file has one,
+    each another, and the model has these channels.
+    """
+    cases, channels = zip(*(case_and_channel(file, rules.file_ending) for file in files), strict=True)
+    wanted = range(len(rules.channel_names))
+    if len(set(channels) & set(wanted)) < len(files):
         return []
-    named = [(place, file, *case_and_channel(file, rules.file_ending)) for place, file in enumerate(files)]
-    told = [entry for entry in named if entry[3] is not None]
     problems = [
-        f"{file}: its name tells another case than {told[0][1].name}; list the channels of one case together"
-        for _, file, name, _ in told
-        if name != told[0][2]
+        f"{file}: its name tells another case than {files[0].name}; list the channels of one case together"
+        for file, case in zip(files, cases, strict=True)
+        if case != cases[0]
     ]
-    if not problems and len(files) == len(rules.channel_names):
+    if not problems and len(files) == len(wanted):
         problems = [
             f"{file}: it is listed as {rules.channel(place)} and its name tells another channel; list the channels in "
             "order or rename the file"
-            for place, file, _, channel in told
+            for place, file, channel in zip(wanted, files, channels, strict=True)
             if channel != place
         ]
     return problems

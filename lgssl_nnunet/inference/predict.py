@@ -125,7 +125,7 @@ def predict(
             lets its feature pass (float32, 0 to 1, 0 outside of what preprocessing crops to), and a picture of it,
             `selection_maps/<case>.png`. The network works about a third longer; segmentations are the same to the bit.
         continue_prediction: skip cases that `output` already holds, whole and on their image's grid. Where only the
-            selection map is missing, it is made and the segmentation stays.
+            selection map is missing, it is made and the segmentation stays; of others that are predicted, nothing old.
         overwrite: replace what `output` already holds of the cases; it is removed before they are predicted.
         num_processes_preprocessing: worker processes that read and resample images.
         num_processes_segmentation_export: worker processes that resample and write; 0 and 0: all in this process.
@@ -176,7 +176,7 @@ def predict(
     records = _records(chosen, predictor, classes)
     call = _Call(output, cases, all_cases, records, overwrite, continue_prediction, save_selection_maps)
     with _reserved(call, part_id, num_parts):
-        todo = _unfinished(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
+        todo = _continued(cases, rules, save_probabilities, save_selection_maps) if continue_prediction else cases
         logger.info("%d case(s) to predict, %d already there", len(todo), len(cases) - len(todo))
         _predict_all(predictor, todo, output, options)
     return [case.output for case in cases]
@@ -264,11 +264,17 @@ def _cases(inputs: Inputs, output: Path, rules: ImageRules, save_selection_maps:
     return [Case(name, files, output / f"{name}{ending}") for name, files in images.items()]
 
 
-def _unfinished(
+def _continued(
     cases: Sequence[Case], rules: ImageRules, save_probabilities: bool, save_selection_maps: bool
 ) -> list[Case]:
-    """Return the cases that lack a wanted file, marked where only the selection map has to be made."""
+    """Return the cases that lack a wanted file, marked where only the selection map has to be made.
+
+    Of those to be segmented again nothing stays: an old map or old probabilities would pass for those of the new one.
+    """
     marked = [replace(case, is_segmented=_is_segmented(case, rules, save_probabilities)) for case in cases]
+    for case in marked:
+        if not case.is_segmented:
+            _remove_results_of(case)
     return [case for case in marked if not case.is_segmented or (save_selection_maps and not _has_map(case))]
 
 
@@ -392,9 +398,13 @@ def _remove_results(call: _Call) -> None:
     """
     is_ours = (call.output / RECORD).exists() and _foreign_record(call) is None
     for case in call.cases if is_ours else call.all_cases:
-        probabilities = case.output.with_name(f"{case.name}.npz")
-        for file in (case.output, probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)):
-            file.unlink(missing_ok=True)
+        _remove_results_of(case)
+
+
+def _remove_results_of(case: Case) -> None:
+    probabilities = case.output.with_name(f"{case.name}.npz")
+    for file in (case.output, probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)):
+        file.unlink(missing_ok=True)
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:

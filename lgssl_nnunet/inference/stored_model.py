@@ -137,8 +137,16 @@ def image_rules(plans: dict[str, Any], dataset_json: dict[str, Any], place: Path
         channels = dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
         names = tuple(channels[key] for key in sorted(channels, key=int))
         reader = known_reader(PlansManager(plans), place / "plans.json")
-        lying = plans.get("lgssl", {}).get("left_right")
-        return ImageRules(names, dataset_json["file_ending"], reader, None if lying is None else LeftRight(**lying))
+        return ImageRules(names, dataset_json["file_ending"], reader, _left_right(plans))
+
+
+def _left_right(plans: dict[str, Any]) -> LeftRight | None:
+    """Return how the training images lay; None if that was not planned, or training mirrored left and right."""
+    block = plans.get("lgssl", {})
+    lying, mirrored = block.get("left_right"), block.get("mirroring_axes")
+    if lying is None or mirrored is None or plans["transpose_forward"].index(lying["axis"]) in mirrored:
+        return None
+    return LeftRight(**lying)
 
 
 def _read_folder(folder: Path, folds: Sequence[int | str], checkpoint: str, trust: bool) -> StoredModel:

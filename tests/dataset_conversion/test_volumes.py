@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -28,9 +29,9 @@ LENGTH = 352 + 20**3
 def whole(tmp_path):
     """Write a segmentation of noise, which hardly shrinks when it is compressed, and return its content."""
 
-    def write(name: str) -> bytes:
+    def write(name: str, compressed: bool = False) -> bytes:
         noise = np.random.default_rng(0).integers(0, 255, (20, 20, 20)).astype(np.uint8)
-        sitk.WriteImage(sitk.GetImageFromArray(noise), str(tmp_path / name))
+        sitk.WriteImage(sitk.GetImageFromArray(noise), str(tmp_path / name), compressed)
         return (tmp_path / name).read_bytes()
 
     return write
@@ -102,6 +103,44 @@ def test_a_changed_byte_is_found_by_the_checksum(whole, tmp_path):
     require_whole_nifti(file)
     with pytest.raises(OSError, match="CRC check failed"):
         require_whole(file)
+
+
+@pytest.mark.parametrize("check", [require_whole, count_not_finite_if_whole])
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_a_changed_bit_in_compressed_voxels_is_found_in_every_format_with_a_checksum(whole, tmp_path, name, check):
+    content, file = whole(name, compressed=True), tmp_path / name
+    check(file)
+    for place in range(len(content) // 3, len(content), 500):
+        damaged = bytearray(content)
+        damaged[place] ^= 4
+        file.write_bytes(damaged)
+        with pytest.raises((OSError, EOFError, zlib.error)):
+            check(file)
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.nrrd"])
+def test_compressed_voxels_that_end_too_early_are_found(whole, tmp_path, name):
+    (tmp_path / name).write_bytes(whole(name, compressed=True)[:-9])
+    with pytest.raises(EOFError):
+        require_whole(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "compressed", "old", "new"),
+    [
+        ("a.mha", False, b"", b""),
+        ("a.nrrd", False, b"", b""),
+        ("a.mha", True, b"= LOCAL", b"= a.zraw"),
+        ("a.nrrd", True, b"encoding: gzip", b"encoding: gzip\ndata file: a.raw.gz"),
+    ],
+)
+def test_voxels_without_a_checksum_or_in_another_file_are_left_to_the_reader(
+    whole, tmp_path, name, compressed, old, new
+):
+    content = bytearray(whole(name, compressed).replace(old, new, 1))
+    content[-2000] ^= 4
+    (tmp_path / name).write_bytes(content)
+    require_whole(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])

@@ -57,6 +57,19 @@ def test_what_overwrite_is_to_replace_goes_before_the_record_changes(
     assert results(out) == {"a.nii.gz", "b.nii.gz"}
 
 
+def test_nothing_old_stays_beside_a_segmentation_that_is_predicted_again(trained, images, tmp_path, predict_here):
+    out = tmp_path / "out"
+    predict_here(images, out, save_probabilities=True, **OLD)
+    (out / "selection_maps").mkdir()
+    maps = {out / "selection_maps" / f"{name}.{kind}" for name in "ab" for kind in ("nii.gz", "png")}
+    for file in maps:
+        file.touch()
+    (out / "a.nii.gz").write_bytes(b"damaged")
+    predict_here(images, out, continue_prediction=True, **OLD)
+    assert results(out) == {"a.nii.gz", "b.nii.gz", "b.npz", "b.pkl"}
+    assert {file for file in maps if file.exists()} == {file for file in maps if file.name.startswith("b.")}
+
+
 def test_overwrite_refuses_to_leave_other_cases_of_another_model(
     trained, three_images, tmp_path, predict_here, files_below
 ):

@@ -180,6 +180,26 @@ def test_an_image_with_a_damaged_byte_fails_alone_and_is_named(
     assert [name for name in shown(tmp_path / "out") if name.endswith(".nii.gz")] == ["a.nii.gz"]
 
 
+def test_damage_that_itk_reads_without_an_error_is_found_in_an_image_and_a_segmentation(
+    model_maker, image_maker, tmp_path, predict_here, caplog
+):
+    dataset_json = model_maker() / "dataset.json"
+    dataset_json.write_text(dataset_json.read_text().replace(".nii.gz", ".mha"))
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in "ab":
+        file = image_maker(folder / f"{name}_0000.mha")
+        sitk.WriteImage(sitk.ReadImage(str(file)), str(file), True)
+    predict_here(folder, out, disable_tta=True)
+    for file in (folder / "b_0000.mha", out / "a.mha", out / "b.mha"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 4  # in the checksum
+        file.write_bytes(content)
+        sitk.ReadImage(str(file))
+    with pytest.raises(PredictionError, match=r"1 are written:\n  b: .*b_0000\.mha: cannot be read"):
+        predict_here(folder, out, disable_tta=True, continue_prediction=True)
+    assert "a.mha cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("size", [0, 100, 400])
 @pytest.mark.parametrize("precision", ["stock", "fp32"])
 def test_a_full_disk_leaves_no_half_segmentation(precision, size, one_fold, images, tmp_path, full_disk, monkeypatch):
