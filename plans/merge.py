@@ -103,6 +103,15 @@ class Merge:
         values = {0: 0, **{member.value: self.labels[names[member.name]] for member in source.classes}}
         return values if source.ignore is None else {**values, source.ignore: self.labels["ignore"]}
 
+    def values_to_write(self, source: Source) -> dict[int, int] | None:
+        """Return the `values` if the labels of a dataset are written anew; None if they can stay as they are.
+
+        Where the merged dataset alone has an ignore label, a stray value could become one unseen, so they are read.
+        """
+        values = self.values(source)
+        stray = source.ignore is None and "ignore" in self.labels
+        return values if stray or _some_change(values) else None
+
     def made_of(self) -> dict[str, Any]:
         """Return what a merged folder must agree in to be continued."""
         values = {source.name: {str(old): new for old, new in self.values(source).items()} for source in self.sources}
@@ -120,7 +129,7 @@ class MergedCase:
         images: its files, one per channel.
         label: its label file; None for an unlabelled case.
         part: `TRAIN`, `TEST` or `UNLABELED`: which folder it belongs to.
-        values: merged value by value of its label file; None if none changes.
+        values: merged value by value of its label file; None if the file can stay as it is.
     """
 
     identifier: str
@@ -153,7 +162,8 @@ def merge_datasets(
     """Merge raw datasets into one with the union of their classes, and say which dataset annotates which.
 
     Images, and labels of which no value changes, are linked. Labels of unlabelled cases are not opened, nor are those
-    that can be linked. Everything that is wrong is told at once, before anything is written; the same call again does
+    that can be linked; those of a dataset without an ignore label are written anew if another one has such a label,
+    since a value that the dataset does not know could become it. Everything that is wrong is told at once, before anything is written; the same call again does
     what is missing, or new in the datasets, and keeps what was changed in the merged dataset.json.
 
     Args:
@@ -234,6 +244,10 @@ def _write_changed(label: Path, values: Mapping[int, int], target: Path, file_en
     table[list(values)] = list(values.values())
     changed = table[voxels.astype(np.int64)][0]
     write_volume(target, file_ending, lambda named: reader().write_seg(changed, str(named), properties))
+
+
+def _some_change(values: Mapping[int, int]) -> bool:
+    return any(old != new for old, new in values.items())
 
 
 def _target(output: int | str) -> Path:
@@ -326,12 +340,11 @@ def _make(merge: Merge, cases: Sequence[MergedCase], num_processes: int | None, 
 
 def _cases(merge: Merge, source: Source) -> Iterator[MergedCase]:
     """Yield the cases of a dataset, training and test."""
-    values = merge.values(source)
-    changed = None if all(old == new for old, new in values.items()) else values
+    values = merge.values_to_write(source)
 
     def merged(case: Case, part: str) -> MergedCase:
         identifier = source.identifier(case.identifier)
-        return MergedCase(identifier, source.name, case.identifier, case.images, case.label, part, changed)
+        return MergedCase(identifier, source.name, case.identifier, case.images, case.label, part, values)
 
     for case in source.dataset.cases.values():
         # A listed image may lie in any folder, and only imagesTr has one for labels beside it.
@@ -409,10 +422,14 @@ def _tell(merge: Merge) -> None:
     logger.info("Channels: %s", ", ".join(merge.channel_names.values()))
     for source in merge.sources:
         counts = "{labeled} labelled, {unlabeled} unlabelled, {test} test".format_map(source.counts(source.name))
-        labels = [case for case in _cases(merge, source) if case.label is not None]
-        changed = "values of labels change" if any(case.values is not None for case in labels) else "labels stay"
-        logger.info("%s: %s; %s", source.name, counts, changed)
+        logger.info("%s: %s; %s", source.name, counts, _told_of_labels(merge.values_to_write(source)))
     _warn_about_contradictions(merge.classes)
+
+
+def _told_of_labels(values: Mapping[int, int] | None) -> str:
+    if values is None:
+        return "labels stay"
+    return "values of labels change" if _some_change(values) else "labels are checked for values that would be ignored"
 
 
 def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:

@@ -417,6 +417,30 @@ def test_an_ignore_label_stays_the_last_value(raw_dataset):
     assert np.array_equal(new, np.where(old == 2, 3, old))
 
 
+def test_a_stray_value_does_not_become_the_ignore_label_of_another_dataset(raw_dataset, caplog):
+    first = raw_dataset(2, 0, 0, 0, labels={"background": 0, "liver": 1})
+    raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "liver": 1, "ignore": 2})
+    stray = sitk.ReadImage(str(first.label_file("lab_01")))
+    stray[0, 0, 0] = 2
+    sitk.WriteImage(stray, str(first.label_file("lab_01")))
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(DatasetError, match=r"1 of 3 cases .*\n.*lab_01.* holds the value 2, which"),
+    ):
+        here([901, 902], 903)
+    messages = [record.getMessage() for record in caplog.records]
+    assert f"{A}: 2 labelled, 0 unlabelled, 0 test; labels are checked for values that would be ignored" in messages
+    assert f"{B}: 1 labelled, 0 unlabelled, 0 test; labels stay" in messages
+    stray[0, 0, 0] = 0
+    sitk.WriteImage(stray, str(first.label_file("lab_01")))
+    merged = here([901, 902], 903)
+    for case in ("lab_00", "lab_01"):
+        file = merged / "labelsTr" / f"{A}_{case}.nii.gz"
+        assert not file.is_symlink()
+        assert np.array_equal(read(file), read(first.label_file(case)))
+    assert (merged / "labelsTr" / f"{B}_lab_00.nii.gz").is_symlink()
+
+
 def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
     first = raw_dataset(4, 0, 0, 1, labels=FIRST)
     first.content["annotated"] = {"site": ["liver"], "lab_02": ["postcava"]}
