@@ -24,6 +24,7 @@ from lgssl_nnunet.plans.merged_classes import (
     look_alike,
     merge_classes,
     merged_prompts,
+    parts_joined,
     parts_left_out,
 )
 from lgssl_nnunet.plans.merged_edits import with_edits, write_with_edits
@@ -163,8 +164,9 @@ def merge_datasets(
 
     Images, and labels of which no value changes, are linked. Labels of unlabelled cases are not opened, nor are those
     that can be linked; those of a dataset without an ignore label are written anew if another one has such a label,
-    since a value that the dataset does not know could become it. Everything that is wrong is told at once, before anything is written; the same call again does
-    what is missing, or new in the datasets, and keeps what was changed in the merged dataset.json.
+    since a value that the dataset does not know could become it. Everything that is wrong is told at once, before
+    anything is written; the same call again does what is missing, or new in the datasets, and keeps what was changed in
+    the merged dataset.json.
 
     Args:
         datasets: ids or names in nnUNet_raw, two or more.
@@ -448,6 +450,17 @@ def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
             "datasets contradict each other: join the two with --same, or make the whole a region in the merged "
             "dataset.json (docs/merging_datasets.md).",
             _first_of(alone),
+        )
+    partial = [
+        f"{dataset} has only {' and '.join(repr(member.name) for member in members)} of {entry.name!r}"
+        for dataset, entry, members in parts_joined(classes)
+    ]
+    if partial:
+        logger.warning(
+            "Joined classes of which a dataset may label a part: %s. What it lacks counts as background there. If "
+            "its images show that, take the class out of the dataset's lists in 'annotated' of the merged dataset.json; "
+            "the merge keeps this (docs/merging_datasets.md).",
+            _first_of(partial),
         )
 
 

@@ -405,6 +405,22 @@ def test_parts_of_classes_that_datasets_count_to_the_whole_are_told(raw_dataset,
     assert plans["lgssl"]["partial_labels"] == {f"{B}_lab_00": ["liver"]}
 
 
+def test_datasets_with_a_part_of_a_joined_class_are_told_and_the_class_can_be_taken_out(raw_dataset, caplog, plan_tiny):
+    raw_dataset(1, 0, 0, 0, labels={"background": 0, "left kidney": 1, "right kidney": 2})
+    raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "left kidney": 1, "liver": 2})
+    raw_dataset(1, 0, 0, 0, number=904, labels={"background": 0, "kidney": 1})
+    same = [["kidney", "left kidney", "right kidney"]]
+    file = here([901, 902, 904], 903, same=same) / "dataset.json"
+    assert f"label a part: {B} has only 'left kidney' of 'kidney'. What it lacks counts as background" in caplog.text
+    content = json.loads(file.read_text())
+    assert content["annotated"][B] == ["kidney", "liver"]
+    content["annotated"][B] = ["liver"]
+    file.write_text(json.dumps(content))
+    here([901, 902, 904], 903, same=same)
+    plans = json.loads(plan_tiny(903, preprocess=False).read_text())
+    assert plans["lgssl"]["partial_labels"][f"{B}_lab_00"] == ["liver"]
+
+
 def test_an_ignore_label_stays_the_last_value(raw_dataset):
     first = raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1, "ignore": 2})
     raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "spleen": 1})
