@@ -458,8 +458,8 @@ def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
     if partial:
         logger.warning(
             "Joined classes of which a dataset may label a part: %s. What it lacks counts as background there. If "
-            "its images show that, take the class out of the dataset's lists in 'annotated' of the merged dataset.json; "
-            "the merge keeps this (docs/merging_datasets.md).",
+            "its images show that, take the class out of the dataset's lists in 'annotated' of the merged "
+            "dataset.json; the merge keeps this (docs/merging_datasets.md).",
             _first_of(partial),
         )
 

@@ -12,7 +12,7 @@ from lgssl_nnunet.paths import dataset_number
 from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset, missing_channels
 from lgssl_nnunet.plans.merged_classes import MergedClass, SourceClass, classes_of, label_value
 from lgssl_nnunet.plans.merged_planning import merged_from
-from lgssl_nnunet.plans.partial_labels import members_there
+from lgssl_nnunet.plans.partial_labels import named_cases
 from lgssl_nnunet.problems import Problem
 from lgssl_nnunet.text.prompts import OTHER, modality_of
 
@@ -155,9 +155,8 @@ def annotated_and_groups(
         return {source.name: everything}, whole
     keys = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
     mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in keys.items()}
-    patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]
     cases = [*source.dataset.cases, *source.test]
-    named = members_there(patterns, set(cases))
+    named = named_cases(annotated, groups, set(cases))
     rest = [case for case in cases if case not in named]
     if any(case in source.dataset.labeled or case in source.test for case in rest):
         name = _unused("other", groups)

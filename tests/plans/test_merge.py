@@ -479,6 +479,23 @@ def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
     }
 
 
+def test_a_case_with_brackets_in_its_name_stands_for_itself_only(raw_dataset, plan_tiny):
+    first = raw_dataset(0, 0, 0, 0, labels=FIRST)
+    for case in ("a[1]", "a1"):
+        first.add(case)
+    first.content["annotated"] = {"a[1]": ["liver"]}
+    first.write_json()
+    raw_dataset(1, 0, 0, 0, number=902, labels=SECOND)
+    content = description(here([901, 902], 903))
+    assert content["annotated"] == {
+        f"{A}_a[1]": ["liver"],
+        f"{A}/other": ["liver", "postcava"],
+        B: ["liver", "postcava", "spleen"],
+    }
+    partial = json.loads(plan_tiny(903, preprocess=False).read_text())["lgssl"]["partial_labels"]
+    assert partial == {f"{A}_a1": ["liver", "postcava"], f"{A}_a[1]": ["liver"]}
+
+
 def test_a_dataset_is_a_group_of_all_its_cases_which_are_measured_by_what_each_annotates(raw_dataset, plan_tiny):
     first = raw_dataset(4, 0, 0, 2, labels=FIRST)
     first.content["annotated"] = {"site": ["liver"], "test_00": ["postcava"]}
