@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lgssl_nnunet.data.partial_labels import PartialLabel
-from lgssl_nnunet.dataset_conversion.volumes import clean_identifier
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.evaluation.case import LabelOrRegion
-from lgssl_nnunet.files import read_json_if_valid
+from lgssl_nnunet.files import content_hash, read_json_if_valid
 from lgssl_nnunet.plans.partial_labels import annotated_classes, double_problems, form_problems, members_there
 from lgssl_nnunet.problems import raise_if_any
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "The dataset.json of the predictions"
+_TABLES = ("per_case", "per_class")
+"""How the names of the tables beside a summary end."""
+_HASH_LENGTH = 8
 
 
 def cases_of_group(dataset: Mapping[str, Any], group: str | None) -> Callable[[str], bool]:
@@ -103,8 +106,15 @@ def partial_references(
 
 
 def name_for_group(file_name: str, group: str | None) -> str:
-    """Return the name of a file of which each group has its own."""
+    """Return the name of a file of which each group has its own.
+
+    Letters of any script stay. A group whose name cannot stand there as it is, or ends like that of a table beside the
+    summary, gets a hash of its name, so that no two groups have one file.
+    """
     if group is None:
         return file_name
     stem, _, suffix = file_name.rpartition(".")
-    return f"{stem}_{clean_identifier(group)}.{suffix}"
+    name = re.sub(r"[^\w.-]+", "_", group)
+    if name != group or name.endswith(_TABLES):
+        name += f"_{content_hash(group)[:_HASH_LENGTH]}"
+    return f"{stem}_{name}.{suffix}"

@@ -16,6 +16,7 @@ from lgssl_nnunet.cli import evaluate as evaluate_command
 from lgssl_nnunet.cli import report as report_command
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.evaluation.evaluate import evaluate
+from lgssl_nnunet.evaluation.part import name_for_group
 from lgssl_nnunet.evaluation.report.report import report
 from lgssl_nnunet.inference.predict import RECORD
 
@@ -96,7 +97,19 @@ def test_a_group_is_measured_by_its_own_cases_and_classes(folders):
 def test_a_group_that_annotates_everything_has_all_classes_and_a_name_for_files(folders):
     results = here(folders, group="all of b/x")
     assert [mean.name for mean in results["classes"]] == ["liver", "spleen", "kidney"]
-    assert results["summary_file"].name == "summary_all_of_b_x.json"
+    assert re.fullmatch(r"summary_all_of_b_x_[0-9a-f]{8}\.json", results["summary_file"].name)
+
+
+def test_no_two_groups_have_one_file(folders):
+    groups = ["北京", "東京", "a/b", "a_b", "a b", "per_case", "per_class", "A", "A_per_class", "Süd-1.5", ".", "/"]
+    describe(folders, groups={group: ["A_*"] for group in groups}, annotated=None)
+    results = [here(folders), *(here(folders, group=group) for group in groups)]
+    files = [result[kind] for result in results for kind in ("summary_file", "cases_file", "classes_file")]
+    assert len(set(files)) == len(files) == len([file for file in folders[1].glob("summary*") if file.is_file()])
+    names = {file.name for file in files}
+    assert {"summary_北京.json", "summary_a_b.json", "summary_A_per_class.json", "summary_Süd-1.5.json"} <= names
+    pages = {name_for_group("lgssl_report.html", group) for group in groups}
+    assert len(pages) == len(groups)
 
 
 def test_only_the_group_has_to_be_predicted(folders):
