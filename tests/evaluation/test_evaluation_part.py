@@ -116,8 +116,12 @@ def test_only_the_group_has_to_be_predicted(folders):
     for case in ("B_1", "B_2"):
         (folders[1] / f"{case}.nii.gz").unlink()
     assert here(folders, group="A")["dice"] == 1
-    with pytest.raises(DatasetError, match=r"lacks 2 of 2 cases|nothing to compare"):
+    with pytest.raises(DatasetError, match=r"out holds no prediction of a case of group B; choose a group that has"):
         here(folders, group="B")
+    for case in ("A_1", "A_2"):
+        (folders[0] / f"{case}.nii.gz").unlink()
+    with pytest.raises(DatasetError, match=r"labelsTs holds no reference of a case of group A; choose a group that"):
+        here(folders, group="A")
 
 
 def test_a_group_that_is_not_there_is_refused_by_name(folders, tmp_path):
@@ -134,6 +138,15 @@ def test_classes_that_were_not_to_be_written_are_not_missed(folders):
     assert [mean.name for mean in here(folders)["classes"]] == ["spleen"]
     with pytest.raises(UsageError, match=r"holds spleen only and B has kidney, liver; predict those classes"):
         here(folders, group="B")
+
+
+def test_of_two_names_for_one_region_a_group_may_annotate_either(folders):
+    labels = {"background": 0, "whole": [1, 2], "all": [1, 2], "core": [2], "kidney": 3}
+    annotated = {"A": ["whole"], "B": ["core"]}
+    describe(folders, labels=labels, regions_class_order=[1, 1, 2, 3], annotated=annotated)
+    assert [len(here(folders, group=group)["classes"]) for group in "AB"] == [1, 1]
+    (folders[1] / RECORD).write_text(json.dumps({"settings": {"classes": ["whole"]}}))
+    assert [mean.name for mean in here(folders)["classes"]] == ["all"]
 
 
 def test_a_record_without_classes_changes_nothing(folders):
