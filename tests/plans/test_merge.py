@@ -270,12 +270,24 @@ def test_ct_and_mri_by_the_way_out_are_normalised_by_z_score_with_prompts_that_a
         ([["CT"], ["MRI"]], ["ct"], r"is not true of all images"),
         ([["MRI"], ["zscore"]], None, r"'MRI or zscore' is not true .*such as --channel_names \"zscore\""),
         ([["T1", "T2"], ["T2", "T1"]], None, r"channel 0 is T1 or T2, and one of them is another channel elsewhere"),
+        ([["T1", "T2"], ["T2", "T1"]], ["T1 or T2", "T2 or T1"], r"channel 1 is T2 or T1, and one of them is another"),
         ([["CT"], ["CT"]], ["CT", "PET"], r"has 2 names for 1 channels; give one name per channel"),
     ],
 )
 def test_channel_names_that_are_wrong_for_some_images_are_refused(raw_dataset, names, asked, message):
     with pytest.raises(DatasetError, match=message):
         channels(raw_dataset, *names, channel_names=asked)
+
+
+def test_one_file_per_channel_does_not_go_with_one_file_for_all(raw_dataset):
+    raw_dataset(1, 0, 0, 0, channels=2, labels=FIRST)
+    second = raw_dataset(1, 0, 0, 0, number=902, channels=2, labels=SECOND)
+    files = [second.image_file("lab_00", channel) for channel in (0, 1)]
+    both = sitk.JoinSeries([sitk.ReadImage(str(file)) for file in files])
+    sitk.WriteImage(both, str(files[0]))
+    files[1].unlink()
+    with pytest.raises(DatasetError, match=rf"1 problem:.*\n.* files per case differs \({A}: 2, {B}: 1\); write one"):
+        here([901, 902], 903)
 
 
 def test_a_label_with_an_unknown_value_is_named_when_the_others_are_done(two, caplog):
@@ -477,6 +489,37 @@ def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
         A: [f"{A}_*"],
         B: [f"{B}_*"],
     }
+
+
+def test_groups_of_a_dataset_that_annotates_all_its_classes_come_along(raw_dataset, plan_tiny):
+    first = raw_dataset(2, 0, 0, 1, labels=FIRST)
+    first.content["groups"] = {"Süd": ["lab_00", "test_*"], "Nord": ["lab_0[1]"]}
+    first.write_json()
+    raw_dataset(1, 0, 0, 0, number=902, labels=SECOND)
+    content = description(here([901, 902], 903))
+    assert content["annotated"] == {A: ["liver", "postcava"], B: ["liver", "postcava", "spleen"]}
+    assert content["groups"] == {
+        A: [f"{A}_*"],
+        f"{A}/Süd": [f"{A}_lab_00", f"{A}_test_*"],
+        f"{A}/Nord": [f"{A}_lab_0[1]"],
+        B: [f"{B}_*"],
+    }
+    plan_tiny(903, preprocess=False)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["lab_00"], r"dataset\.json: 'groups' is not an object that gives a list of texts for each name"),
+        ({"Nord": "lab_00"}, r"dataset\.json: 'groups' is not an object"),
+        ({"Nord": ["lab_7"]}, r"dataset\.json, groups Nord: has no case lab_7; correct the name or remove it"),
+    ],
+)
+def test_groups_that_are_not_as_they_must_be_are_refused_without_annotated_too(two, groups, message):
+    two[0].content["groups"] = groups
+    two[0].write_json()
+    with pytest.raises(DatasetError, match=f"1 problem:\n  {A}/{message}"):
+        here([901, 902], 903)
 
 
 def test_a_case_with_brackets_in_its_name_stands_for_itself_only(raw_dataset, plan_tiny):
