@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import SimpleITK as sitk
+
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import dataset_number
 from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset, missing_channels
@@ -97,7 +99,10 @@ def load_sources(datasets: Sequence[int | str]) -> tuple[list[Source], list[Prob
 
 
 def common_format(sources: Sequence[Source]) -> list[Problem]:
-    """Return what keeps the files of the datasets from lying in one: endings, readers, channels, files per case."""
+    """Return what keeps the files of the datasets from lying in one.
+
+    Compared are file endings, readers, numbers of dimensions (by the header of one image), channels, files per case.
+    """
     problems = []
     for what, remedy in (
         ("file_ending", "convert the images and labels of all to one format, such as .nii.gz"),
@@ -106,6 +111,10 @@ def common_format(sources: Sequence[Source]) -> list[Problem]:
         found = {source.name: source.dataset.dataset_json.get(what) for source in sources}
         if len(set(found.values())) > 1:
             problems.append(Problem("dataset.json", f"{what} differs ({_shown(found)})", remedy))
+    dimensions = {source.name: number for source in sources if (number := _dimensions(source)) is not None}
+    if len(set(dimensions.values())) > 1:
+        remedy = "merge volumes with volumes and single slices with single slices"
+        problems.append(Problem("imagesTr", f"the number of dimensions differs ({_shown(dimensions)})", remedy))
     numbers = {source.name: source.dataset.num_channels for source in sources}
     if len(set(numbers.values())) > 1:
         remedy = "merge datasets whose images have the same channels"
@@ -239,6 +248,17 @@ def _test_cases(raw: RawDataset) -> dict[str, Case]:
         label = raw.folder / "labelsTs" / f"{name}{raw.file_ending}"
         found[name] = replace(case, label=label) if label.exists() else case
     return found
+
+
+def _dimensions(source: Source) -> int | None:
+    """Return how many axes an image has, without those of length 1; None where no header tells it."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(next(iter(source.dataset.cases.values())).images[0]))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:  # the integrity check will name a damaged file
+        return None
+    return sum(length > 1 for length in header.GetSize()[:3])
 
 
 def _misplaced(index: int, found: Sequence[Sequence[str]]) -> list[Problem]:

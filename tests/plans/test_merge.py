@@ -290,6 +290,16 @@ def test_one_file_per_channel_does_not_go_with_one_file_for_all(raw_dataset):
         here([901, 902], 903)
 
 
+@pytest.mark.parametrize("cut", [np.s_[0], np.s_[:1]])
+def test_slices_do_not_go_with_volumes(raw_dataset, cut):
+    raw_dataset(1, 0, 0, 0, labels=FIRST)
+    second = raw_dataset(1, 0, 0, 0, number=902, labels=SECOND)
+    for file in second.folder.glob("*/*.nii.gz"):
+        sitk.WriteImage(sitk.GetImageFromArray(read(file)[cut]), str(file))
+    with pytest.raises(DatasetError, match=rf"1 problem:\n.* number of dimensions differs \({A}: 3, {B}: 2\); merge"):
+        here([901, 902], 903)
+
+
 def test_a_label_with_an_unknown_value_is_named_when_the_others_are_done(two, caplog):
     second = two[1]
     image = sitk.ReadImage(str(second.label_file("lab_01")))
