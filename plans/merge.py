@@ -24,6 +24,7 @@ from lgssl_nnunet.plans.merged_classes import (
     look_alike,
     merge_classes,
     merged_prompts,
+    parts_joined,
     parts_left_out,
 )
 from lgssl_nnunet.plans.merged_edits import with_edits, write_with_edits
@@ -103,6 +104,15 @@ class Merge:
         values = {0: 0, **{member.value: self.labels[names[member.name]] for member in source.classes}}
         return values if source.ignore is None else {**values, source.ignore: self.labels["ignore"]}
 
+    def values_to_write(self, source: Source) -> dict[int, int] | None:
+        """Return the `values` if the labels of a dataset are written anew; None if they can stay as they are.
+
+        Where the merged dataset alone has an ignore label, a stray value could become one unseen, so they are read.
+        """
+        values = self.values(source)
+        stray = source.ignore is None and "ignore" in self.labels
+        return values if stray or _some_change(values) else None
+
     def made_of(self) -> dict[str, Any]:
         """Return what a merged folder must agree in to be continued."""
         values = {source.name: {str(old): new for old, new in self.values(source).items()} for source in self.sources}
@@ -120,7 +130,7 @@ class MergedCase:
         images: its files, one per channel.
         label: its label file; None for an unlabelled case.
         part: `TRAIN`, `TEST` or `UNLABELED`: which folder it belongs to.
-        values: merged value by value of its label file; None if none changes.
+        values: merged value by value of its label file; None if the file can stay as it is.
     """
 
     identifier: str
@@ -153,8 +163,10 @@ def merge_datasets(
     """Merge raw datasets into one with the union of their classes, and say which dataset annotates which.
 
     Images, and labels of which no value changes, are linked. Labels of unlabelled cases are not opened, nor are those
-    that can be linked. Everything that is wrong is told at once, before anything is written; the same call again does
-    what is missing, or new in the datasets, and keeps what was changed in the merged dataset.json.
+    that can be linked; those of a dataset without an ignore label are written anew if another one has such a label,
+    since a value that the dataset does not know could become it. Everything that is wrong is told at once, before
+    anything is written; the same call again does what is missing, or new in the datasets, and keeps what was changed in
+    the merged dataset.json.
 
     Args:
         datasets: ids or names in nnUNet_raw, two or more.
@@ -234,6 +246,10 @@ def _write_changed(label: Path, values: Mapping[int, int], target: Path, file_en
     table[list(values)] = list(values.values())
     changed = table[voxels.astype(np.int64)][0]
     write_volume(target, file_ending, lambda named: reader().write_seg(changed, str(named), properties))
+
+
+def _some_change(values: Mapping[int, int]) -> bool:
+    return any(old != new for old, new in values.items())
 
 
 def _target(output: int | str) -> Path:
@@ -326,12 +342,11 @@ def _make(merge: Merge, cases: Sequence[MergedCase], num_processes: int | None, 
 
 def _cases(merge: Merge, source: Source) -> Iterator[MergedCase]:
     """Yield the cases of a dataset, training and test."""
-    values = merge.values(source)
-    changed = None if all(old == new for old, new in values.items()) else values
+    values = merge.values_to_write(source)
 
     def merged(case: Case, part: str) -> MergedCase:
         identifier = source.identifier(case.identifier)
-        return MergedCase(identifier, source.name, case.identifier, case.images, case.label, part, changed)
+        return MergedCase(identifier, source.name, case.identifier, case.images, case.label, part, values)
 
     for case in source.dataset.cases.values():
         # A listed image may lie in any folder, and only imagesTr has one for labels beside it.
@@ -409,10 +424,14 @@ def _tell(merge: Merge) -> None:
     logger.info("Channels: %s", ", ".join(merge.channel_names.values()))
     for source in merge.sources:
         counts = "{labeled} labelled, {unlabeled} unlabelled, {test} test".format_map(source.counts(source.name))
-        labels = [case for case in _cases(merge, source) if case.label is not None]
-        changed = "values of labels change" if any(case.values is not None for case in labels) else "labels stay"
-        logger.info("%s: %s; %s", source.name, counts, changed)
+        logger.info("%s: %s; %s", source.name, counts, _told_of_labels(merge.values_to_write(source)))
     _warn_about_contradictions(merge.classes)
+
+
+def _told_of_labels(values: Mapping[int, int] | None) -> str:
+    if values is None:
+        return "labels stay"
+    return "values of labels change" if _some_change(values) else "labels are checked for values that would be ignored"
 
 
 def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
@@ -431,6 +450,17 @@ def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
             "datasets contradict each other: join the two with --same, or make the whole a region in the merged "
             "dataset.json (docs/merging_datasets.md).",
             _first_of(alone),
+        )
+    partial = [
+        f"{dataset} has only {' and '.join(repr(member.name) for member in members)} of {entry.name!r}"
+        for dataset, entry, members in parts_joined(classes)
+    ]
+    if partial:
+        logger.warning(
+            "Joined classes of which a dataset may label a part: %s. What it lacks counts as background there. If "
+            "its images show that, take the class out of the dataset's lists in 'annotated' of the merged "
+            "dataset.json; the merge keeps this (docs/merging_datasets.md).",
+            _first_of(partial),
         )
 
 

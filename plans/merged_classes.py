@@ -180,6 +180,19 @@ def parts_left_out(merged: Sequence[MergedClass]) -> Iterator[tuple[str, MergedC
             yield from ((dataset, whole, part) for dataset in sorted(whole.datasets - part.datasets))
 
 
+def parts_joined(merged: Sequence[MergedClass]) -> Iterator[tuple[str, MergedClass, list[SourceClass]]]:
+    """Yield dataset, class and what it has of it, where other datasets had two or more classes joined to it.
+
+    A dataset that has none of these classes is left out: "kidney" is all of "left kidney" and "right kidney".
+    """
+    for entry in merged:
+        own = {name: [member for member in entry.members if member.dataset == name] for name in sorted(entry.datasets)}
+        joined = {member.identity for members in own.values() if len(members) > 1 for member in members}
+        for dataset, members in own.items():
+            if 0 < len(joined.intersection(member.identity for member in members)) < len(joined):
+                yield dataset, entry, members
+
+
 def _words(entry: MergedClass) -> set[str]:
     return set(entry.members[0].identity.split())
 

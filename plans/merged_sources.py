@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import SimpleITK as sitk
+
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.paths import dataset_number
 from lgssl_nnunet.plans.cases import Case, RawDataset, held_out_cases, load_raw_dataset, missing_channels
 from lgssl_nnunet.plans.merged_classes import MergedClass, SourceClass, classes_of, label_value
 from lgssl_nnunet.plans.merged_planning import merged_from
-from lgssl_nnunet.plans.partial_labels import members_there
+from lgssl_nnunet.plans.partial_labels import annotation_problems as problems_of_groups
+from lgssl_nnunet.plans.partial_labels import named_cases
 from lgssl_nnunet.problems import Problem
 from lgssl_nnunet.text.prompts import OTHER, modality_of
 
@@ -84,7 +87,7 @@ def load_sources(datasets: Sequence[int | str]) -> tuple[list[Source], list[Prob
     sources, problems = [], []
     for dataset in datasets:
         try:
-            raw = load_raw_dataset(dataset)
+            raw = _with_groups_checked(load_raw_dataset(dataset))
             test = _test_cases(raw)
             of_files = [*raw.problems, *missing_channels(test, raw.dataset_json)]
             problems += [replace(problem, file=f"{raw.name}/{problem.file}") for problem in of_files]
@@ -96,7 +99,10 @@ def load_sources(datasets: Sequence[int | str]) -> tuple[list[Source], list[Prob
 
 
 def common_format(sources: Sequence[Source]) -> list[Problem]:
-    """Return what keeps the files of the datasets from lying in one: file endings, readers, numbers of channels."""
+    """Return what keeps the files of the datasets from lying in one.
+
+    Compared are file endings, readers, numbers of dimensions (by the header of one image), channels, files per case.
+    """
     problems = []
     for what, remedy in (
         ("file_ending", "convert the images and labels of all to one format, such as .nii.gz"),
@@ -105,10 +111,19 @@ def common_format(sources: Sequence[Source]) -> list[Problem]:
         found = {source.name: source.dataset.dataset_json.get(what) for source in sources}
         if len(set(found.values())) > 1:
             problems.append(Problem("dataset.json", f"{what} differs ({_shown(found)})", remedy))
+    dimensions = {source.name: number for source in sources if (number := _dimensions(source)) is not None}
+    if len(set(dimensions.values())) > 1:
+        remedy = "merge volumes with volumes and single slices with single slices"
+        problems.append(Problem("imagesTr", f"the number of dimensions differs ({_shown(dimensions)})", remedy))
     numbers = {source.name: source.dataset.num_channels for source in sources}
     if len(set(numbers.values())) > 1:
         remedy = "merge datasets whose images have the same channels"
         problems.append(Problem("dataset.json", f"the number of channels differs ({_shown(numbers)})", remedy))
+        return problems
+    files = {source.name: max(len(case.images) for case in source.dataset.cases.values()) for source in sources}
+    if len(set(files.values())) > 1:
+        remedy = "write one file per channel in each dataset"
+        problems.append(Problem("imagesTr", f"the number of files per case differs ({_shown(files)})", remedy))
     return problems
 
 
@@ -129,13 +144,17 @@ def merged_channels(
     count = len(channels[0])
     found = [list(dict.fromkeys(str(names[str(index)]) for names in channels)) for index in range(count)]
     if asked is None:
-        problems = [problem for index in range(count) for problem in _channel_problems(index, found)]
+        problems = [
+            problem for index in range(count) for problem in _misplaced(index, found) or _channel_problems(index, found)
+        ]
         return {str(index): " or ".join(_one_spelling(names)) for index, names in enumerate(found)}, problems
     if len(asked) != count:
         remedy = "give one name per channel, in order"
         return {}, [Problem("--channel_names", f"has {len(asked)} names for {count} channels", remedy)]
     problems = [
-        problem for name, names in zip(asked, found, strict=True) for problem in _lies(name, names, "--channel_names")
+        problem
+        for index, name in enumerate(asked)
+        for problem in _misplaced(index, found) or _lies(name, found[index], "--channel_names")
     ]
     return {str(index): name for index, name in enumerate(asked)}, problems
 
@@ -145,19 +164,18 @@ def annotated_and_groups(
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return what a dataset contributes to `annotated` and `groups` of the merged dataset.json.
 
-    Each dataset is a group. The classes of one without `annotated` are annotated there; one that has it keeps its
-    groups, and its other cases are a group of their own: a case may be in one annotated group only.
+    Each dataset is a group, and keeps the groups that it has. The classes of one without `annotated` are annotated
+    there; of one that has it, the other cases are a group of their own: a case may be in one annotated group only.
     """
     groups, annotated = (source.dataset.dataset_json.get(key) or {} for key in ("groups", "annotated"))
     everything = _annotated_by(source, merged, [member.name for member in source.classes])
     whole = {source.name: [f"{glob.escape(source.name)}_*"]}
     if not annotated:
-        return {source.name: everything}, whole
+        return {source.name: everything}, whole | _renamed(source, groups)
     keys = {f"{source.name}/{key}" if key in groups else source.identifier(key): key for key in annotated}
     mine = {new: _annotated_by(source, merged, annotated[key]) for new, key in keys.items()}
-    patterns = [pattern for key in annotated for pattern in groups.get(key, [key])]
     cases = [*source.dataset.cases, *source.test]
-    named = members_there(patterns, set(cases))
+    named = named_cases(annotated, groups, set(cases))
     rest = [case for case in cases if case not in named]
     if any(case in source.dataset.labeled or case in source.test for case in rest):
         name = _unused("other", groups)
@@ -193,6 +211,14 @@ def _annotated_by(source: Source, merged: Sequence[MergedClass], names: Sequence
     return [name for name, members in own.items() if members and set(members) <= set(names)]
 
 
+def _with_groups_checked(raw: RawDataset) -> RawDataset:
+    """Return a dataset with the problems of its groups, which are not looked at without `annotated` before a merge."""
+    if "annotated" in raw.dataset_json or not raw.dataset_json.get("groups"):
+        return raw
+    problems = problems_of_groups(raw.dataset_json | {"annotated": {}}, [*raw.cases, *raw.test])
+    return replace(raw, problems=(*raw.problems, *problems))
+
+
 def _own_problems(raw: RawDataset, test: Mapping[str, Case]) -> list[Problem]:
     labels = raw.dataset_json["labels"]
     regions = [name for name, value in labels.items() if not isinstance(value, int) and len(value) > 1]
@@ -224,14 +250,31 @@ def _test_cases(raw: RawDataset) -> dict[str, Case]:
     return found
 
 
+def _dimensions(source: Source) -> int | None:
+    """Return how many axes an image has, without those of length 1; None where no header tells it."""
+    header = sitk.ImageFileReader()
+    header.SetFileName(str(next(iter(source.dataset.cases.values())).images[0]))
+    try:
+        header.ReadImageInformation()
+    except RuntimeError:  # the integrity check will name a damaged file
+        return None
+    return sum(length > 1 for length in header.GetSize()[:3])
+
+
+def _misplaced(index: int, found: Sequence[Sequence[str]]) -> list[Problem]:
+    """Return a problem if datasets have a channel in different places, which no name for it makes right."""
+    names = _one_spelling(found[index])
+    elsewhere = {name.casefold() for other, others in enumerate(found) if other != index for name in others}
+    if len(names) < 2 or not any(name.casefold() in elsewhere for name in names):
+        return []
+    problem = f"channel {index} is {' or '.join(names)}, and one of them is another channel elsewhere"
+    return [Problem("dataset.json", problem, "bring the channels of all datasets into one order")]
+
+
 def _channel_problems(index: int, found: Sequence[Sequence[str]]) -> list[Problem]:
     from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
     names = _one_spelling(found[index])
-    elsewhere = {name.casefold() for other, others in enumerate(found) if other != index for name in others}
-    if len(names) > 1 and any(name.casefold() in elsewhere for name in names):
-        problem = f"channel {index} is {' or '.join(names)}, and one of them is another channel elsewhere"
-        return [Problem("dataset.json", problem, "bring the channels of all datasets into one order")]
     if len({get_normalization_scheme(name) for name in names}) > 1:
         joined = " or ".join(names)
         problem = f"channel {index} is {joined}, which nnU-Net normalises in different ways, but a dataset in one"

@@ -48,14 +48,26 @@ def annotated_classes(dataset_json: Mapping[str, Any], cases: Iterable[str]) -> 
     if not annotated:
         return {}
     names = foreground_classes(dataset_json["labels"])
-    there = set(cases)
-    found: dict[str, list[str]] = {}
-    for key, members in dataset_json.get("groups", {}).items():
-        if key in annotated:
-            found.update(dict.fromkeys(members_there(members, there), annotated[key]))
-    found.update({case: classes for case, classes in annotated.items() if case in there})
+    found = named_cases(annotated, dataset_json.get("groups", {}), set(cases))
     ordered = {case: tuple(name for name in names if name in found[case]) for case in sorted(found)}
     return {case: classes for case, classes in ordered.items() if len(classes) < len(names)}
+
+
+def named_cases(
+    annotated: Mapping[str, list[str]], groups: Mapping[str, list[str]], cases: set[str]
+) -> dict[str, list[str]]:
+    """Return what `annotated` says of those cases that are a key of it, or in a group that is one.
+
+    Args:
+        annotated: of dataset.json; it must have none of the `form_problems`.
+        groups: of dataset.json, likewise.
+        cases: identifiers.
+    """
+    found: dict[str, list[str]] = {}
+    for key, members in groups.items():
+        if key in annotated:
+            found.update(dict.fromkeys(members_there(members, cases), annotated[key]))
+    return found | {case: classes for case, classes in annotated.items() if case in cases}
 
 
 def missing_classes(labels: Mapping[str, Any], partial: Mapping[str, Iterable[str]], cases: Iterable[str]) -> list[str]:

@@ -105,6 +105,7 @@ def evaluate(
     names = classes_of_part(_class_names(labels), dataset, group, prediction)
     lesions = _lesion_classes(lesion_classes, list(names.values()))
     ending = dataset["file_ending"]
+    _require_cases_of_group(reference, prediction, ending, belongs, group)
     files = _matching_files(reference, prediction, ending, chill, belongs)
     columns = available_columns() if surface_metrics else ()
     settings = CaseSettings(find_reader(dataset, reference / files[0]), labels, names, columns, tolerance, lesions)
@@ -162,6 +163,15 @@ def _require_folders(reference: Path, prediction: Path) -> None:
         if not folder.is_dir():
             problem = "is a file" if folder.is_file() else "does not exist"
             raise DatasetError(f"{folder} {problem}; give the folder of the {what}.")
+
+
+def _require_cases_of_group(
+    reference: Path, prediction: Path, file_ending: str, belongs: Callable[[str], bool], group: str | None
+) -> None:
+    for folder, what in ((reference, "reference"), (prediction, "prediction")):
+        names = _segmentations(folder, file_ending)
+        if names and not any(belongs(name.removesuffix(file_ending)) for name in names):
+            raise DatasetError(f"{folder} holds no {what} of a case of group {group}; choose a group that has some.")
 
 
 def _matching_files(

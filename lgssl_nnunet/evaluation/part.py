@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lgssl_nnunet.data.partial_labels import PartialLabel
-from lgssl_nnunet.dataset_conversion.volumes import clean_identifier
+from lgssl_nnunet.data.partial_labels import PartialLabel, class_values
 from lgssl_nnunet.errors import UsageError
 from lgssl_nnunet.evaluation.case import LabelOrRegion
-from lgssl_nnunet.files import read_json_if_valid
-from lgssl_nnunet.plans.partial_labels import annotated_classes, double_problems, form_problems, members_there
-from lgssl_nnunet.problems import raise_if_any
+from lgssl_nnunet.files import content_hash, read_json_if_valid
+from lgssl_nnunet.plans.partial_labels import (
+    annotated_classes,
+    double_problems,
+    form_problems,
+    members_there,
+    named_cases,
+)
+from lgssl_nnunet.problems import first_of, raise_if_any
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "The dataset.json of the predictions"
+_TABLES = ("per_case", "per_class")
+"""How the names of the tables beside a summary end."""
+_HASH_LENGTH = 8
+_SHOWN = 5
 
 
 def cases_of_group(dataset: Mapping[str, Any], group: str | None) -> Callable[[str], bool]:
@@ -60,11 +70,14 @@ def classes_of_part(
 
     written = ((read_json_if_valid(prediction / RECORD) or {}).get("settings") or {}).get("classes")
     annotated = (dataset.get("annotated") or {}).get(group)
-    limits = [limit for limit in (written, annotated) if limit is not None]
-    left = {key: name for key, name in names.items() if all(name in limit for limit in limits)}
+    labels = dataset["labels"]
+    asked = [limit for limit in (written, annotated) if limit is not None]
+    limits = [{class_values(labels[name]) for name in limit if name in labels} for limit in asked]
+    # By values, since two names may be one class.
+    left = {key: name for key, name in names.items() if all(class_values(key) in limit for limit in limits)}
     if not left:
         raise UsageError(
-            f"{prediction}: nothing can be measured, because it holds {', '.join(written)} only and "
+            f"{prediction}: nothing can be measured, because it holds {', '.join(written or names.values())} only and "
             f"{group or 'dataset.json'} has {', '.join(annotated or names.values())}; predict those classes."
         )
     if len(left) < len(names):
@@ -87,8 +100,9 @@ def partial_references(
         DatasetError: a case is in two annotated groups.
         UsageError: no case annotates any of the classes.
     """
-    if "annotated" in dataset:
+    if dataset.get("annotated"):
         raise_if_any(double_problems(dataset["annotated"], dataset.get("groups", {}), set(cases)), DESCRIPTION)
+        _tell_unnamed(dataset, cases)
     annotated = annotated_classes(dataset, cases)
     partial = {case: PartialLabel.of(dataset["labels"], classes) for case, classes in annotated.items()}
     if len(partial) == len(cases) and all(label.hides(key) for label in partial.values() for key in names):
@@ -102,9 +116,29 @@ def partial_references(
     return partial
 
 
+def _tell_unnamed(dataset: Mapping[str, Any], cases: Collection[str]) -> None:
+    """Say which cases no key names: a model's dataset.json does not know cases that were added since its planning."""
+    named = named_cases(dataset["annotated"], dataset.get("groups", {}), set(cases))
+    unnamed = [case for case in cases if case not in named]
+    if unnamed:
+        logger.warning(
+            "%d reference(s) that 'annotated' of dataset.json does not name count as annotated completely: %s. If they "
+            "are newer than this dataset.json, name a newer one with -djfile.",
+            len(unnamed),
+            first_of(unnamed, _SHOWN),
+        )
+
+
 def name_for_group(file_name: str, group: str | None) -> str:
-    """Return the name of a file of which each group has its own."""
+    """Return the name of a file of which each group has its own.
+
+    Letters of any script stay. A group whose name cannot stand there as it is, or ends like that of a table beside the
+    summary, gets a hash of its name, so that no two groups have one file.
+    """
     if group is None:
         return file_name
     stem, _, suffix = file_name.rpartition(".")
-    return f"{stem}_{clean_identifier(group)}.{suffix}"
+    name = re.sub(r"[^\w.-]+", "_", group)
+    if name != group or name.endswith(_TABLES):
+        name += f"_{content_hash(group)[:_HASH_LENGTH]}"
+    return f"{stem}_{name}.{suffix}"

@@ -16,6 +16,7 @@ from lgssl_nnunet.cli import evaluate as evaluate_command
 from lgssl_nnunet.cli import report as report_command
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.evaluation.evaluate import evaluate
+from lgssl_nnunet.evaluation.part import name_for_group
 from lgssl_nnunet.evaluation.report.report import report
 from lgssl_nnunet.inference.predict import RECORD
 
@@ -96,15 +97,31 @@ def test_a_group_is_measured_by_its_own_cases_and_classes(folders):
 def test_a_group_that_annotates_everything_has_all_classes_and_a_name_for_files(folders):
     results = here(folders, group="all of b/x")
     assert [mean.name for mean in results["classes"]] == ["liver", "spleen", "kidney"]
-    assert results["summary_file"].name == "summary_all_of_b_x.json"
+    assert re.fullmatch(r"summary_all_of_b_x_[0-9a-f]{8}\.json", results["summary_file"].name)
+
+
+def test_no_two_groups_have_one_file(folders):
+    groups = ["北京", "東京", "a/b", "a_b", "a b", "per_case", "per_class", "A", "A_per_class", "Süd-1.5", ".", "/"]
+    describe(folders, groups={group: ["A_*"] for group in groups}, annotated=None)
+    results = [here(folders), *(here(folders, group=group) for group in groups)]
+    files = [result[kind] for result in results for kind in ("summary_file", "cases_file", "classes_file")]
+    assert len(set(files)) == len(files) == len([file for file in folders[1].glob("summary*") if file.is_file()])
+    names = {file.name for file in files}
+    assert {"summary_北京.json", "summary_a_b.json", "summary_A_per_class.json", "summary_Süd-1.5.json"} <= names
+    pages = {name_for_group("lgssl_report.html", group) for group in groups}
+    assert len(pages) == len(groups)
 
 
 def test_only_the_group_has_to_be_predicted(folders):
     for case in ("B_1", "B_2"):
         (folders[1] / f"{case}.nii.gz").unlink()
     assert here(folders, group="A")["dice"] == 1
-    with pytest.raises(DatasetError, match=r"lacks 2 of 2 cases|nothing to compare"):
+    with pytest.raises(DatasetError, match=r"out holds no prediction of a case of group B; choose a group that has"):
         here(folders, group="B")
+    for case in ("A_1", "A_2"):
+        (folders[0] / f"{case}.nii.gz").unlink()
+    with pytest.raises(DatasetError, match=r"labelsTs holds no reference of a case of group A; choose a group that"):
+        here(folders, group="A")
 
 
 def test_a_group_that_is_not_there_is_refused_by_name(folders, tmp_path):
@@ -121,6 +138,15 @@ def test_classes_that_were_not_to_be_written_are_not_missed(folders):
     assert [mean.name for mean in here(folders)["classes"]] == ["spleen"]
     with pytest.raises(UsageError, match=r"holds spleen only and B has kidney, liver; predict those classes"):
         here(folders, group="B")
+
+
+def test_of_two_names_for_one_region_a_group_may_annotate_either(folders):
+    labels = {"background": 0, "whole": [1, 2], "all": [1, 2], "core": [2], "kidney": 3}
+    annotated = {"A": ["whole"], "B": ["core"]}
+    describe(folders, labels=labels, regions_class_order=[1, 1, 2, 3], annotated=annotated)
+    assert [len(here(folders, group=group)["classes"]) for group in "AB"] == [1, 1]
+    (folders[1] / RECORD).write_text(json.dumps({"settings": {"classes": ["whole"]}}))
+    assert [mean.name for mean in here(folders)["classes"]] == ["all"]
 
 
 def test_a_record_without_classes_changes_nothing(folders):

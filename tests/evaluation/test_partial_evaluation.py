@@ -132,6 +132,22 @@ def test_an_impossible_declaration_is_refused(folders):
         here(*folders)
 
 
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({}, None),
+        (PARTIAL, "1 reference(s) that 'annotated' of dataset.json does not name count as annotated completely: c. If"),
+        ({**PARTIAL, "annotated": {"siteA": ["liver"], "c": ["liver", "tumour"]}}, None),
+    ],
+)
+def test_cases_that_annotated_does_not_name_are_told(folders, caplog, entries, told):
+    describe(folders[1], **entries)
+    here(*folders, surface_metrics=False)
+    warnings = [record.getMessage() for record in caplog.records if "does not name" in record.getMessage()]
+    assert len(warnings) == (told is not None)
+    assert all(told in warning for warning in warnings)
+
+
 def test_the_report_says_it(folders, tmp_path):
     describe(folders[1], **PARTIAL)
     report(folders[1], reference=folders[0], output=tmp_path / "report.html", num_processes=0)

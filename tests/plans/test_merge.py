@@ -270,12 +270,34 @@ def test_ct_and_mri_by_the_way_out_are_normalised_by_z_score_with_prompts_that_a
         ([["CT"], ["MRI"]], ["ct"], r"is not true of all images"),
         ([["MRI"], ["zscore"]], None, r"'MRI or zscore' is not true .*such as --channel_names \"zscore\""),
         ([["T1", "T2"], ["T2", "T1"]], None, r"channel 0 is T1 or T2, and one of them is another channel elsewhere"),
+        ([["T1", "T2"], ["T2", "T1"]], ["T1 or T2", "T2 or T1"], r"channel 1 is T2 or T1, and one of them is another"),
         ([["CT"], ["CT"]], ["CT", "PET"], r"has 2 names for 1 channels; give one name per channel"),
     ],
 )
 def test_channel_names_that_are_wrong_for_some_images_are_refused(raw_dataset, names, asked, message):
     with pytest.raises(DatasetError, match=message):
         channels(raw_dataset, *names, channel_names=asked)
+
+
+def test_one_file_per_channel_does_not_go_with_one_file_for_all(raw_dataset):
+    raw_dataset(1, 0, 0, 0, channels=2, labels=FIRST)
+    second = raw_dataset(1, 0, 0, 0, number=902, channels=2, labels=SECOND)
+    files = [second.image_file("lab_00", channel) for channel in (0, 1)]
+    both = sitk.JoinSeries([sitk.ReadImage(str(file)) for file in files])
+    sitk.WriteImage(both, str(files[0]))
+    files[1].unlink()
+    with pytest.raises(DatasetError, match=rf"1 problem:.*\n.* files per case differs \({A}: 2, {B}: 1\); write one"):
+        here([901, 902], 903)
+
+
+@pytest.mark.parametrize("cut", [np.s_[0], np.s_[:1]])
+def test_slices_do_not_go_with_volumes(raw_dataset, cut):
+    raw_dataset(1, 0, 0, 0, labels=FIRST)
+    second = raw_dataset(1, 0, 0, 0, number=902, labels=SECOND)
+    for file in second.folder.glob("*/*.nii.gz"):
+        sitk.WriteImage(sitk.GetImageFromArray(read(file)[cut]), str(file))
+    with pytest.raises(DatasetError, match=rf"1 problem:\n.* number of dimensions differs \({A}: 3, {B}: 2\); merge"):
+        here([901, 902], 903)
 
 
 def test_a_label_with_an_unknown_value_is_named_when_the_others_are_done(two, caplog):
@@ -412,6 +434,22 @@ def test_parts_of_classes_that_datasets_count_to_the_whole_are_told(raw_dataset,
     assert plans["lgssl"]["partial_labels"] == {f"{B}_lab_00": ["liver"]}
 
 
+def test_datasets_with_a_part_of_a_joined_class_are_told_and_the_class_can_be_taken_out(raw_dataset, caplog, plan_tiny):
+    raw_dataset(1, 0, 0, 0, labels={"background": 0, "left kidney": 1, "right kidney": 2})
+    raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "left kidney": 1, "liver": 2})
+    raw_dataset(1, 0, 0, 0, number=904, labels={"background": 0, "kidney": 1})
+    same = [["kidney", "left kidney", "right kidney"]]
+    file = here([901, 902, 904], 903, same=same) / "dataset.json"
+    assert f"label a part: {B} has only 'left kidney' of 'kidney'. What it lacks counts as background" in caplog.text
+    content = json.loads(file.read_text())
+    assert content["annotated"][B] == ["kidney", "liver"]
+    content["annotated"][B] = ["liver"]
+    file.write_text(json.dumps(content))
+    here([901, 902, 904], 903, same=same)
+    plans = json.loads(plan_tiny(903, preprocess=False).read_text())
+    assert plans["lgssl"]["partial_labels"][f"{B}_lab_00"] == ["liver"]
+
+
 def test_an_ignore_label_stays_the_last_value(raw_dataset):
     first = raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1, "ignore": 2})
     raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "spleen": 1})
@@ -422,6 +460,30 @@ def test_an_ignore_label_stays_the_last_value(raw_dataset):
     old, new = read(first.label_file("lab_00")), read(merged / "labelsTr" / f"{A}_lab_00.nii.gz")
     assert set(np.unique(old)) == {0, 1, 2}
     assert np.array_equal(new, np.where(old == 2, 3, old))
+
+
+def test_a_stray_value_does_not_become_the_ignore_label_of_another_dataset(raw_dataset, caplog):
+    first = raw_dataset(2, 0, 0, 0, labels={"background": 0, "liver": 1})
+    raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "liver": 1, "ignore": 2})
+    stray = sitk.ReadImage(str(first.label_file("lab_01")))
+    stray[0, 0, 0] = 2
+    sitk.WriteImage(stray, str(first.label_file("lab_01")))
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(DatasetError, match=r"1 of 3 cases .*\n.*lab_01.* holds the value 2, which"),
+    ):
+        here([901, 902], 903)
+    messages = [record.getMessage() for record in caplog.records]
+    assert f"{A}: 2 labelled, 0 unlabelled, 0 test; labels are checked for values that would be ignored" in messages
+    assert f"{B}: 1 labelled, 0 unlabelled, 0 test; labels stay" in messages
+    stray[0, 0, 0] = 0
+    sitk.WriteImage(stray, str(first.label_file("lab_01")))
+    merged = here([901, 902], 903)
+    for case in ("lab_00", "lab_01"):
+        file = merged / "labelsTr" / f"{A}_{case}.nii.gz"
+        assert not file.is_symlink()
+        assert np.array_equal(read(file), read(first.label_file(case)))
+    assert (merged / "labelsTr" / f"{B}_lab_00.nii.gz").is_symlink()
 
 
 def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
@@ -444,6 +506,54 @@ def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
         A: [f"{A}_*"],
         B: [f"{B}_*"],
     }
+
+
+def test_groups_of_a_dataset_that_annotates_all_its_classes_come_along(raw_dataset, plan_tiny):
+    first = raw_dataset(2, 0, 0, 1, labels=FIRST)
+    first.content["groups"] = {"Süd": ["lab_00", "test_*"], "Nord": ["lab_0[1]"]}
+    first.write_json()
+    raw_dataset(1, 0, 0, 0, number=902, labels=SECOND)
+    content = description(here([901, 902], 903))
+    assert content["annotated"] == {A: ["liver", "postcava"], B: ["liver", "postcava", "spleen"]}
+    assert content["groups"] == {
+        A: [f"{A}_*"],
+        f"{A}/Süd": [f"{A}_lab_00", f"{A}_test_*"],
+        f"{A}/Nord": [f"{A}_lab_0[1]"],
+        B: [f"{B}_*"],
+    }
+    plan_tiny(903, preprocess=False)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (["lab_00"], r"dataset\.json: 'groups' is not an object that gives a list of texts for each name"),
+        ({"Nord": "lab_00"}, r"dataset\.json: 'groups' is not an object"),
+        ({"Nord": ["lab_7"]}, r"dataset\.json, groups Nord: has no case lab_7; correct the name or remove it"),
+    ],
+)
+def test_groups_that_are_not_as_they_must_be_are_refused_without_annotated_too(two, groups, message):
+    two[0].content["groups"] = groups
+    two[0].write_json()
+    with pytest.raises(DatasetError, match=f"1 problem:\n  {A}/{message}"):
+        here([901, 902], 903)
+
+
+def test_a_case_with_brackets_in_its_name_stands_for_itself_only(raw_dataset, plan_tiny):
+    first = raw_dataset(0, 0, 0, 0, labels=FIRST)
+    for case in ("a[1]", "a1"):
+        first.add(case)
+    first.content["annotated"] = {"a[1]": ["liver"]}
+    first.write_json()
+    raw_dataset(1, 0, 0, 0, number=902, labels=SECOND)
+    content = description(here([901, 902], 903))
+    assert content["annotated"] == {
+        f"{A}_a[1]": ["liver"],
+        f"{A}/other": ["liver", "postcava"],
+        B: ["liver", "postcava", "spleen"],
+    }
+    partial = json.loads(plan_tiny(903, preprocess=False).read_text())["lgssl"]["partial_labels"]
+    assert partial == {f"{A}_a1": ["liver", "postcava"], f"{A}_a[1]": ["liver"]}
 
 
 def test_a_dataset_is_a_group_of_all_its_cases_which_are_measured_by_what_each_annotates(raw_dataset, plan_tiny):

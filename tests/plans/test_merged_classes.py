@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from lgssl_nnunet.plans.merged_classes import classes_of, look_alike, merge_classes, merged_prompts, parts_left_out
+from lgssl_nnunet.plans.merged_classes import (
+    classes_of,
+    look_alike,
+    merge_classes,
+    merged_prompts,
+    parts_joined,
+    parts_left_out,
+)
 
 
 def dataset(number, labels, channel="CT", **prompts):
@@ -234,3 +241,18 @@ def test_a_class_without_its_part_is_found_where_another_dataset_has_both():
     apart = merge(whole, part)
     assert list(parts_left_out(apart)) == []
     assert [(a.name, b.name) for a, b in look_alike(apart)] == [("hepar", "liver tumour")]
+
+
+@pytest.mark.parametrize(
+    ("datasets", "chain", "told"),
+    [
+        ([["left kidney", "right kidney"], ["left kidney"]], ["kidney", "left kidney", "right kidney"], ["502"]),
+        ([["left kidney", "right kidney"], ["right kidney", "left kidney"]], ["left kidney", "right kidney"], []),
+        ([["left kidney", "right kidney"], ["kidney"]], ["kidney", "left kidney", "right kidney"], []),
+        ([["liver", "liver tumour"], ["liver tumour"], ["hepar"]], ["liver", "liver tumour"], ["502", "503"]),
+        ([["portal vein"], ["PV"]], ["portal vein", "PV"], []),
+    ],
+)
+def test_a_dataset_with_some_of_the_classes_that_another_one_joins_has_a_part(datasets, chain, told):
+    merged = merge(*(dataset(number, labels) for number, labels in enumerate(datasets, 501)), same=[chain])
+    assert [name[7:10] for name, _, _ in parts_joined(merged)] == told
