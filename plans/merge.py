@@ -36,7 +36,7 @@ from lgssl_nnunet.plans.merged_sources import (
     load_sources,
     merged_channels,
 )
-from lgssl_nnunet.problems import raise_if_any
+from lgssl_nnunet.problems import first_of, raise_if_any
 from lgssl_nnunet.text.prompts import prompt_modality
 
 logger = logging.getLogger(__name__)
@@ -441,7 +441,7 @@ def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
         logger.warning(
             "Classes that look alike and stay apart: %s. Join what is one structure with --same; where one contains "
             'the other, as "kidney" a "left kidney", the labels of the datasets contradict each other.',
-            _first_of(pairs),
+            first_of(pairs, _MOST_IN_WARNING),
         )
     alone = [f"{dataset} has {whole.name!r} without {part.name!r}" for dataset, whole, part in parts_left_out(classes)]
     if alone:
@@ -449,7 +449,7 @@ def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
             "Classes whose part is a class of other datasets: %s. Where the labels count the part to the whole, the "
             "datasets contradict each other: join the two with --same, or make the whole a region in the merged "
             "dataset.json (docs/merging_datasets.md).",
-            _first_of(alone),
+            first_of(alone, _MOST_IN_WARNING),
         )
     partial = [
         f"{dataset} has only {' and '.join(repr(member.name) for member in members)} of {entry.name!r}"
@@ -460,10 +460,5 @@ def _warn_about_contradictions(classes: Sequence[MergedClass]) -> None:
             "Joined classes of which a dataset may label a part: %s. What it lacks counts as background there. If "
             "its images show that, take the class out of the dataset's lists in 'annotated' of the merged "
             "dataset.json; the merge keeps this (docs/merging_datasets.md).",
-            _first_of(partial),
+            first_of(partial, _MOST_IN_WARNING),
         )
-
-
-def _first_of(entries: Sequence[str]) -> str:
-    more = f", and {len(entries) - _MOST_IN_WARNING} more" if len(entries) > _MOST_IN_WARNING else ""
-    return ", ".join(entries[:_MOST_IN_WARNING]) + more
