@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -269,25 +269,32 @@ def _continued(
 ) -> list[Case]:
     """Return the cases that lack a wanted file, marked where only the selection map has to be made.
 
-    Of those to be segmented again nothing stays: an old map or old probabilities would pass for those of the new one.
+    Of those to be segmented again no map and no probabilities stay, which would pass for those of the new segmentation;
+    a whole segmentation that lacks probabilities stays until the new one replaces it.
     """
-    marked = [replace(case, is_segmented=_is_segmented(case, rules, save_probabilities)) for case in cases]
-    for case in marked:
-        if not case.is_segmented:
-            _remove_results_of(case)
+    marked = []
+    for case in cases:
+        is_whole = _is_whole(case, rules)
+        is_segmented = is_whole and (not save_probabilities or _has_probabilities(case))
+        if not is_segmented:
+            _remove([*_beside_segmentation(case), *([] if is_whole else [case.output])])
+        marked.append(replace(case, is_segmented=is_segmented))
     return [case for case in marked if not case.is_segmented or (save_selection_maps and not _has_map(case))]
 
 
-def _is_segmented(case: Case, rules: ImageRules, save_probabilities: bool) -> bool:
+def _is_whole(case: Case, rules: ImageRules) -> bool:
     """Whether the segmentation is there and can be kept; what is there and damaged is told."""
     if not case.output.is_file():
         return False
     problem = segmentation_problem(case.output, case.files[0], rules)
     if problem:
         logger.warning("%s %s; it is predicted again.", case.output, problem)
-        return False
+    return not problem
+
+
+def _has_probabilities(case: Case) -> bool:
     probabilities = case.output.with_name(f"{case.name}.npz")
-    return not save_probabilities or (_is_whole_archive(probabilities) and probabilities.with_suffix(".pkl").is_file())
+    return _is_whole_archive(probabilities) and probabilities.with_suffix(".pkl").is_file()
 
 
 def _is_whole_archive(file: Path) -> bool:
@@ -398,12 +405,16 @@ def _remove_results(call: _Call) -> None:
     """
     is_ours = (call.output / RECORD).exists() and _foreign_record(call) is None
     for case in call.cases if is_ours else call.all_cases:
-        _remove_results_of(case)
+        _remove([case.output, *_beside_segmentation(case)])
 
 
-def _remove_results_of(case: Case) -> None:
+def _beside_segmentation(case: Case) -> list[Path]:
     probabilities = case.output.with_name(f"{case.name}.npz")
-    for file in (case.output, probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)):
+    return [probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)]
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
         file.unlink(missing_ok=True)
 
 

@@ -70,6 +70,21 @@ def test_nothing_old_stays_beside_a_segmentation_that_is_predicted_again(trained
     assert {file for file in maps if file.exists()} == {file for file in maps if file.name.startswith("b.")}
 
 
+def test_segmentations_that_lack_wanted_probabilities_are_not_lost_when_that_is_interrupted(
+    trained, images, tmp_path, predict_here, monkeypatch
+):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    predict_here(images, out, **OLD)
+    (out / "b.nii.gz").write_bytes(b"damaged")
+    monkeypatch.setattr(module.LGSSLPredictor, "_infer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        predict_here(images, out, continue_prediction=True, save_probabilities=True, **OLD)
+    assert results(out) == {"a.nii.gz"}
+
+
 def test_overwrite_refuses_to_leave_other_cases_of_another_model(
     trained, three_images, tmp_path, predict_here, files_below
 ):
