@@ -293,8 +293,13 @@ def _is_whole(case: Case, rules: ImageRules) -> bool:
 
 
 def _has_probabilities(case: Case) -> bool:
-    probabilities = case.output.with_name(f"{case.name}.npz")
-    return _is_whole_archive(probabilities) and probabilities.with_suffix(".pkl").is_file()
+    archive, properties = _probability_files(case)
+    return _is_whole_archive(archive) and properties.is_file()
+
+
+def _probability_files(case: Case) -> tuple[Path, Path]:
+    archive = case.output.with_name(f"{case.name}.npz")
+    return archive, archive.with_suffix(".pkl")
 
 
 def _is_whole_archive(file: Path) -> bool:
@@ -409,8 +414,7 @@ def _remove_results(call: _Call) -> None:
 
 
 def _beside_segmentation(case: Case) -> list[Path]:
-    probabilities = case.output.with_name(f"{case.name}.npz")
-    return [probabilities, probabilities.with_suffix(".pkl"), *selection_map_files(case)]
+    return [*_probability_files(case), *selection_map_files(case)]
 
 
 def _remove(files: Iterable[Path]) -> None:
