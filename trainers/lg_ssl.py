@@ -10,7 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from lgssl_nnunet.engine.batches import LabeledBatch, Term, UnlabeledBatch, finest, rows
-from lgssl_nnunet.engine.hyperparameters import check_choices, check_ranges, resolve
+from lgssl_nnunet.engine.hyperparameters import check_choices, check_effects, check_ranges, resolve
 from lgssl_nnunet.losses.consistency import agreement, difference_agreement, distill
 from lgssl_nnunet.losses.language import alignment, class_map_loss
 from lgssl_nnunet.losses.marginal import certain_labels
@@ -65,7 +65,6 @@ class LGSSLHyperparameters:
     difference_weight: float = 1.0
     ramp_fraction: float = 0.4
     prediction: str = "first"
-
     unused: ClassVar = {"prompt_mode": PROMPT_MODES, "residual_gate": {False: ("gate_start",)}}
 
     def __post_init__(self) -> None:
@@ -73,6 +72,7 @@ class LGSSLHyperparameters:
         check_choices(self, prediction=PREDICTIONS)
         weights = dict.fromkeys((name for name in vars(self) if name.endswith("_weight")), (0, None))
         check_ranges(self, tvsf_stages=(1, None), dropout=(0, 0.99), ramp_fraction=(0, 1), **weights)
+        check_effects(self, ("class_map_weight", "alignment_weight"))  # without attention they cannot be computed
 
 
 class LGSSLTrainer(SemiSupervisedTrainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lgssl_nnunet.errors import UsageError
@@ -58,15 +58,10 @@ def request(planned: T, values: Mapping[str, Any], owner: str) -> T:
         UsageError: as `override`, or a value asked for differs from its default and has no effect.
     """
     chosen = override(planned, values, owner)
-    defaults = {field.name: field.default for field in dataclasses.fields(chosen)}
-    for choice, names_by_value in getattr(chosen, "unused", {}).items():
-        names = names_by_value.get(getattr(chosen, choice), ())
-        idle = [name for name in names if name in values and getattr(chosen, name) != defaults[name]]
-        if idle:
-            raise UsageError(
-                f"Hyper-parameters of {owner}: {choice}={getattr(chosen, choice)} leaves {', '.join(idle)} without "
-                "effect; leave that out."
-            )
+    try:
+        check_effects(chosen, values)
+    except ValueError as error:
+        raise UsageError(f"Hyper-parameters of {owner}: {error}.") from error
     return chosen
 
 
@@ -106,6 +101,22 @@ def check_choices(values: Any, **choices: Sequence[str]) -> None:
         value = getattr(values, name)
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown, choose one of {', '.join(allowed)}")
+
+
+def check_effects(values: Any, names: Collection[str]) -> None:
+    """Check that of these fields none that differs from its default is left without effect (`unused`, see `request`).
+
+    Raises:
+        ValueError: one is.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(values)}
+    for choice, names_by_value in getattr(values, "unused", {}).items():
+        value = getattr(values, choice)
+        idle = [
+            name for name in names_by_value.get(value, ()) if name in names and getattr(values, name) != defaults[name]
+        ]
+        if idle:
+            raise ValueError(f"{choice}={value} leaves {', '.join(idle)} without effect; leave that out")
 
 
 def check_ranges(values: Any, **ranges: tuple[float, float | None]) -> None:

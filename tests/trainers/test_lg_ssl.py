@@ -280,14 +280,19 @@ def test_the_class_map_is_learned(start):
     assert values[-1] < 0.9 * values[0]
 
 
+@pytest.mark.parametrize("mode", ["fixed_volume", "none"])
+@pytest.mark.parametrize("name", ["class_map_weight", "alignment_weight"])
+def test_ties_to_words_need_attention(mode, name, build):
+    with pytest.raises(UsageError, match=f"prompt_mode={mode} leaves {name} without effect"):
+        build("LGSSLTrainer", training={"seed": 0, "hyperparameters": {"prompt_mode": mode, name: 1.0}})
+
+
 @pytest.mark.parametrize(
     ("choice", "name", "value"),
     [
         ({"prompt_mode": "none"}, "prompt_source", "random"),
         ({"prompt_mode": "none"}, "tvsf_stages", 2),
         ({"prompt_mode": "none"}, "text_encoder", "file:bank.npz"),
-        ({"prompt_mode": "none"}, "alignment_weight", 1.0),
-        ({"prompt_mode": "fixed_volume"}, "class_map_weight", 1.0),
         ({"residual_gate": False}, "gate_start", 0.5),
     ],
 )
