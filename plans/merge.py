@@ -13,7 +13,7 @@ import numpy as np
 import lgssl_nnunet
 from lgssl_nnunet.dataset_conversion.case_records import CaseRecords, refuse_taken_number, require_space, write_volume
 from lgssl_nnunet.dataset_conversion.dataset import IMAGE_FOLDERS, LABEL_FOLDERS, TEST, TRAIN, UNLABELED
-from lgssl_nnunet.dataset_conversion.volumes import last_line
+from lgssl_nnunet.dataset_conversion.volumes import count_not_finite_if_whole, last_line
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.files import copy_file, file_signature, link_file, read_json_if_valid, remove_leftovers, write_json
 from lgssl_nnunet.locks import hold_lock, lock_beside
@@ -233,11 +233,14 @@ def merge_case(case: MergedCase, folder: MergedFolder, reader: type | None) -> d
 
 
 def _write_changed(label: Path, values: Mapping[int, int], target: Path, file_ending: str, reader: type) -> None:
-    """Write a label file with other values."""
+    """Write a label file with other values; a damaged one is refused, which would pass for a sound one in the copy."""
     try:
+        wrong = count_not_finite_if_whole(label)
         voxels, properties = reader().read_seg(str(label))
     except Exception as error:
         raise DatasetError(f"{label}: cannot be read ({last_line(error)}); copy or export it again.") from None
+    if wrong:
+        raise DatasetError(f"{label}: {wrong} voxels are NaN or infinite; replace them by values of dataset.json.")
     unknown = sorted(set(np.unique(voxels).tolist()).difference(values))
     if unknown:
         shown = ", ".join(f"{value:g}" for value in unknown[:5])
@@ -315,7 +318,8 @@ def _write(merge: Merge, description: Mapping[str, Any], num_processes: int | No
         remove_leftovers(target / folder)
     cases = {case.identifier: case for source in merge.sources for case in _cases(merge, source)}
     todo = [cases[name] for name in records.unfinished({n: case.key(merge.folder.link) for n, case in cases.items()})]
-    require_space(target, _written_anew(merge.folder, todo), "make room, or leave out --copy")
+    remedy = "make room" if merge.folder.link else "make room, or leave out --copy"
+    require_space(target, _written_anew(merge.folder, todo), remedy)
     write_json(merge.made_of(), records.source_file)
     for name in sorted(set(records.read()).difference(cases)):
         logger.info("%s is not in its dataset any more and is removed.", name)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lgssl_nnunet.paths import dataset_number, is_dataset
+from lgssl_nnunet.plans.sidedness import sided_pairs
 from lgssl_nnunet.problems import Problem
 from lgssl_nnunet.text.bank import normalise, structure_of, without_article
 from lgssl_nnunet.text.prompts import CT, MRI, build_prompts, modality_of, phrase_of
@@ -181,16 +182,26 @@ def parts_left_out(merged: Sequence[MergedClass]) -> Iterator[tuple[str, MergedC
 
 
 def parts_joined(merged: Sequence[MergedClass]) -> Iterator[tuple[str, MergedClass, list[SourceClass]]]:
-    """Yield dataset, class and what it has of it, where other datasets had two or more classes joined to it.
+    """Yield dataset, class and what it has of it, where that may be a part of what other datasets have.
 
-    A dataset that has none of these classes is left out: "kidney" is all of "left kidney" and "right kidney".
+    So it is where another dataset had two or more classes joined, and this one has some of them only, or where the
+    words tell it: "left kidney" beside "right kidney" or "kidney". A dataset that has none of the classes that another
+    one joined is left out: "kidney" is all of "left kidney" and "right kidney".
     """
     for entry in merged:
         own = {name: [member for member in entry.members if member.dataset == name] for name in sorted(entry.datasets)}
         joined = {member.identity for members in own.values() if len(members) > 1 for member in members}
         for dataset, members in own.items():
-            if 0 < len(joined.intersection(member.identity for member in members)) < len(joined):
+            mine = {member.identity for member in members}
+            others = {member.identity for member in entry.members} - mine
+            by_words = len(members) == 1 and any(_is_part(members[0].identity, other) for other in others)
+            if 0 < len(joined & mine) < len(joined) or by_words:
                 yield dataset, entry, members
+
+
+def _is_part(identity: str, other: str) -> bool:
+    """Whether the words tell the other side of one structure, or a part of the other one."""
+    return bool(sided_pairs([identity, other])) or set(other.split()) < set(identity.split())
 
 
 def _words(entry: MergedClass) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import SimpleITK as sitk
@@ -21,6 +22,7 @@ from lgssl_nnunet.text.prompts import OTHER, modality_of
 
 _WITH_A_SECOND_FILE = (".tif", ".tiff")
 """Formats for which nnU-Net keeps the spacing in a JSON file beside the image."""
+_MOST_AXES = 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def load_sources(datasets: Sequence[int | str]) -> tuple[list[Source], list[Prob
 def common_format(sources: Sequence[Source]) -> list[Problem]:
     """Return what keeps the files of the datasets from lying in one.
 
-    Compared are file endings, readers, numbers of dimensions (by the header of one image), channels, files per case.
+    Compared are file endings, readers, numbers of dimensions (by the images' headers), channels, files per case.
     """
     problems = []
     for what, remedy in (
@@ -143,9 +145,10 @@ def merged_channels(
     channels = [source.dataset.dataset_json["channel_names"] for source in sources]
     count = len(channels[0])
     found = [list(dict.fromkeys(str(names[str(index)]) for names in channels)) for index in range(count)]
+    misplaced = [_misplaced(index, channels) for index in range(count)]
     if asked is None:
         problems = [
-            problem for index in range(count) for problem in _misplaced(index, found) or _channel_problems(index, found)
+            problem for index in range(count) for problem in misplaced[index] or _channel_problems(index, found)
         ]
         return {str(index): " or ".join(_one_spelling(names)) for index, names in enumerate(found)}, problems
     if len(asked) != count:
@@ -154,7 +157,7 @@ def merged_channels(
     problems = [
         problem
         for index, name in enumerate(asked)
-        for problem in _misplaced(index, found) or _lies(name, found[index], "--channel_names")
+        for problem in misplaced[index] or _lies(name, found[index], "--channel_names")
     ]
     return {str(index): name for index, name in enumerate(asked)}, problems
 
@@ -251,24 +254,54 @@ def _test_cases(raw: RawDataset) -> dict[str, Case]:
 
 
 def _dimensions(source: Source) -> int | None:
-    """Return how many axes an image has, without those of length 1; None where no header tells it."""
+    """Return how many axes the images have, without those of length 1; None where no header tells it.
+
+    A volume may have a single slice, so the first image that has three axes decides.
+    """
+    found = None
+    for case in source.dataset.cases.values():
+        axes = _axes(case.images[0])
+        if axes is not None:
+            found = max(axes, found or 0)
+        if found == _MOST_AXES:
+            break
+    return found
+
+
+def _axes(image: Path) -> int | None:
     header = sitk.ImageFileReader()
-    header.SetFileName(str(next(iter(source.dataset.cases.values())).images[0]))
+    header.SetFileName(str(image))
     try:
         header.ReadImageInformation()
     except RuntimeError:  # the integrity check will name a damaged file
         return None
-    return sum(length > 1 for length in header.GetSize()[:3])
+    return sum(length > 1 for length in header.GetSize()[:_MOST_AXES])
 
 
-def _misplaced(index: int, found: Sequence[Sequence[str]]) -> list[Problem]:
-    """Return a problem if datasets have a channel in different places, which no name for it makes right."""
-    names = _one_spelling(found[index])
-    elsewhere = {name.casefold() for other, others in enumerate(found) if other != index for name in others}
-    if len(names) < 2 or not any(name.casefold() in elsewhere for name in names):
+def _misplaced(index: int, channels: Sequence[Mapping[str, str]]) -> list[Problem]:
+    """Return a problem if datasets have a channel in different places, which no name for it makes right.
+
+    A name that one dataset has in both places tells nothing of the order, as "zscore" of each channel.
+    """
+    names = _one_spelling([str(dataset[str(index)]) for dataset in channels])
+    places = [_places(dataset) for dataset in channels]
+    for name in (name.casefold() for name in names):
+        here = [found[name] for found in places if index in found.get(name, ())]
+        elsewhere = [found[name] for found in places if name in found and index not in found[name]]
+        if any(there - mine for mine in here for there in elsewhere):
+            break
+    else:
         return []
     problem = f"channel {index} is {' or '.join(names)}, and one of them is another channel elsewhere"
     return [Problem("dataset.json", problem, "bring the channels of all datasets into one order")]
+
+
+def _places(channels: Mapping[str, str]) -> dict[str, set[int]]:
+    """Return the channels that bear each name, whatever its capitals."""
+    places: dict[str, set[int]] = {}
+    for index, name in channels.items():
+        places.setdefault(str(name).casefold(), set()).add(int(index))
+    return places
 
 
 def _channel_problems(index: int, found: Sequence[Sequence[str]]) -> list[Problem]:

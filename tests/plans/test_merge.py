@@ -244,6 +244,19 @@ def test_channels_that_nnunet_normalises_alike_are_joined(raw_dataset):
     assert content["channel_names"] == {"0": "T1 or MRI", "1": "FLAIR"}
 
 
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [
+        ([["zscore", "zscore"], ["T1", "T2"]], ["zscore", "zscore"]),
+        ([["noNorm", "noNorm"], ["noNorm", "zscore"]], ["noNorm", "zscore"]),
+        ([["MRI", "MRI"], ["T1", "T2"]], None),
+        ([["MRI", "MRI"], ["MRI", "T2"]], None),
+    ],
+)
+def test_a_name_of_several_channels_tells_nothing_of_their_order(raw_dataset, names, asked):
+    assert len(channels(raw_dataset, *names, channel_names=asked)["channel_names"]) == 2
+
+
 def test_ct_and_mri_are_refused_with_the_way_out(raw_dataset):
     with pytest.raises(DatasetError) as error:
         channels(raw_dataset, ["CT"], ["MRI"])
@@ -298,6 +311,14 @@ def test_slices_do_not_go_with_volumes(raw_dataset, cut):
         sitk.WriteImage(sitk.GetImageFromArray(read(file)[cut]), str(file))
     with pytest.raises(DatasetError, match=rf"1 problem:\n.* number of dimensions differs \({A}: 3, {B}: 2\); merge"):
         here([901, 902], 903)
+
+
+def test_a_volume_of_one_slice_goes_with_volumes(raw_dataset):
+    first = raw_dataset(2, 0, 0, 0, labels=FIRST)
+    raw_dataset(1, 0, 0, 0, number=902, labels=FIRST)
+    for file in (first.image_file("lab_00"), first.label_file("lab_00")):
+        sitk.WriteImage(sitk.ReadImage(str(file))[:, :, :1], str(file))
+    here([901, 902], 903)
 
 
 def test_a_label_with_an_unknown_value_is_named_when_the_others_are_done(two, caplog):
@@ -484,6 +505,48 @@ def test_a_stray_value_does_not_become_the_ignore_label_of_another_dataset(raw_d
         assert not file.is_symlink()
         assert np.array_equal(read(file), read(first.label_file(case)))
     assert (merged / "labelsTr" / f"{B}_lab_00.nii.gz").is_symlink()
+
+
+@pytest.mark.parametrize("labels", [{"background": 0, "liver": 1, "ignore": 2}, {"background": 0, "x": 1, "hepar": 2}])
+def test_a_cut_off_label_does_not_become_a_sound_one(raw_dataset, labels):
+    checked = raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1})
+    changed = raw_dataset(1, 0, 0, 0, number=902, labels=labels)
+    damaged = (checked if "ignore" in labels else changed).label_file("lab_00")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-20])
+    sitk.ReadImage(str(damaged))
+    with pytest.raises(DatasetError, match=r"1 of 2 cases (.|\n)*lab_00.nii.gz: cannot be read \(truncated.*\); copy"):
+        here([901, 902], 903)
+    damaged.write_bytes(whole)
+    here([901, 902], 903)
+
+
+def test_a_label_with_nan_does_not_become_a_sound_one(raw_dataset):
+    raw_dataset(1, 0, 0, 0, labels={"background": 0, "liver": 1})
+    second = raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "spleen": 1})
+    label = sitk.Cast(sitk.ReadImage(str(second.label_file("lab_00"))), sitk.sitkFloat32)
+    label[0, 0, 0] = float("nan")
+    sitk.WriteImage(label, str(second.label_file("lab_00")))
+    with pytest.raises(
+        DatasetError, match=r"1 of 2 cases (.|\n)*lab_00.* 1 voxels are NaN or infinite; replace them by"
+    ):
+        here([901, 902], 903)
+
+
+@pytest.mark.parametrize("fault", ["bit", "cut"])
+def test_a_damaged_mha_label_does_not_become_a_sound_one(raw_dataset, fault):
+    for number, name in ((901, "liver"), (902, "spleen")):
+        writer = raw_dataset(1, 0, 0, 0, number=number, labels={"background": 0, name: 1}, file_ending=".mha")
+        for packed in writer.folder.glob("*/*.nii.gz"):
+            file = packed.with_name(packed.name.replace(".nii.gz", ".mha"))
+            sitk.WriteImage(sitk.ReadImage(str(packed)), str(file), True)
+            packed.unlink()
+    file = writer.folder / "labelsTr" / "lab_00.mha"
+    content = bytearray(file.read_bytes())
+    content[-6] ^= 4
+    file.write_bytes(content if fault == "bit" else content[:-9])
+    with pytest.raises(DatasetError, match=r"1 of 2 cases (.|\n)*lab_00.mha: cannot be read"):
+        here([901, 902], 903)
 
 
 def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):

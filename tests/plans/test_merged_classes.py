@@ -251,8 +251,12 @@ def test_a_class_without_its_part_is_found_where_another_dataset_has_both():
         ([["left kidney", "right kidney"], ["kidney"]], ["kidney", "left kidney", "right kidney"], []),
         ([["liver", "liver tumour"], ["liver tumour"], ["hepar"]], ["liver", "liver tumour"], ["502", "503"]),
         ([["portal vein"], ["PV"]], ["portal vein", "PV"], []),
+        ([["left kidney"], ["right kidney"]], ["kidney", "left kidney", "right kidney"], ["501", "502"]),
+        ([["left kidney"], ["kidney"]], ["kidney", "left kidney"], ["501"]),
+        ([["hepar"], ["liver tumour"]], ["hepar", "liver tumour"], ["502"]),
+        ([["left kidney"], ["kidney, left"]], ["left kidney", "kidney, left"], []),
     ],
 )
-def test_a_dataset_with_some_of_the_classes_that_another_one_joins_has_a_part(datasets, chain, told):
+def test_a_dataset_with_a_part_of_what_others_have_of_a_joined_class_is_told(datasets, chain, told):
     merged = merge(*(dataset(number, labels) for number, labels in enumerate(datasets, 501)), same=[chain])
     assert [name[7:10] for name, _, _ in parts_joined(merged)] == told
