@@ -117,13 +117,22 @@ def require_intact(file: Path) -> None:
 
 
 def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
-    """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None."""
+    """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None.
+
+    Raises:
+        OSError: the system cannot read it, which tells nothing of the segmentation.
+        MemoryError: there is not enough memory to read it.
+    """
     try:
         require_whole(file)
         if not file.name.endswith(_NIFTI_ENDINGS):
             rules.reader().read_seg(str(file))
         grid, wanted = (_channels_and_grid(path, rules)[1] for path in (file, image))
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         return f"cannot be read ({last_line(error)})"
     return next(iter(grid.differences(wanted, "its image")), None)
 
@@ -184,7 +193,7 @@ def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Fi
         files = tuple(Path(file).expanduser() for file in entry)
         problems = [f"{file} does not exist; correct the list" for file in files if not file.is_file()]
         problems += [_wrong_ending(file, rules) for file in files if not file.name.endswith(rules.file_ending)]
-        name = case_and_channel(files[0], rules.file_ending)[0] if files else "(empty list)"
+        name = _listed_name(files[0], rules) if files else "(empty list)"
         if not problems and sum(_stored_channels(file, rules) or 1 for file in files) != len(rules.channel_names):
             wanted = ", ".join(rules.channel_names)
             problems.append(f"{name}: {len(files)} file(s) given, and the model needs the channels {wanted}")
@@ -197,12 +206,20 @@ def _from_lists(lists: Sequence[Sequence[str | Path]], rules: ImageRules) -> _Fi
     return found
 
 
+def _listed_name(file: Path, rules: ImageRules) -> str:
+    """Return a case's name by its first file: without a number that tells a channel, with one that is a year."""
+    name, channel = case_and_channel(file, rules.file_ending)
+    return name if channel in range(len(rules.channel_names)) else file.name.removesuffix(rules.file_ending)
+
+
 def _naming_problems(files: Sequence[Path], rules: ImageRules) -> list[str]:
-    """Return where the names of a case's files, if they tell case and channel, contradict their places in the list.
+    """Return where a case has one file twice, or the names of its files contradict their places in the list.
 
     A number at the end of a name may also be a year, or 0 in each name. Numbers tell channels where every file has one,
     each another, and the model has these channels.
     """
+    if len({file.resolve() for file in files}) < len(files):
+        return [f"{files[0]}: its case lists one file twice; list each channel's own"]
     cases, channels = zip(*(case_and_channel(file, rules.file_ending) for file in files), strict=True)
     wanted = range(len(rules.channel_names))
     if len(set(channels) & set(wanted)) < len(files):

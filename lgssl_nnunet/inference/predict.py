@@ -270,14 +270,14 @@ def _continued(
     """Return the cases that lack a wanted file, marked where only the selection map has to be made.
 
     Of those to be segmented again no map and no probabilities stay, which would pass for those of the new segmentation;
-    a whole segmentation that lacks probabilities stays until the new one replaces it.
+    a whole segmentation that lacks probabilities alone stays, with its maps, until the same one replaces it.
     """
     marked = []
     for case in cases:
         is_whole = _is_whole(case, rules)
         is_segmented = is_whole and (not save_probabilities or _has_probabilities(case))
         if not is_segmented:
-            _remove([*_beside_segmentation(case), *([] if is_whole else [case.output])])
+            _remove(_probability_files(case) if is_whole else [case.output, *_beside_segmentation(case)])
         marked.append(replace(case, is_segmented=is_segmented))
     return [case for case in marked if not case.is_segmented or (save_selection_maps and not _has_map(case))]
 

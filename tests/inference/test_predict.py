@@ -197,6 +197,7 @@ def test_channels_on_different_grids_are_refused(
     ("names", "message"),
     [
         (("x_0001", "x_0000"), r"x_0001\.nii\.gz: it is listed as _0000\.nii\.gz \(T1\) and its name tells another"),
+        (("x_0000", "x_0000"), r"x_0000\.nii\.gz: its case lists one file twice"),
         (("x_0000", "y_0001"), r"y_0001\.nii\.gz: its name tells another case than x_0000\.nii\.gz"),
     ],
 )
@@ -226,6 +227,12 @@ def test_numbers_that_are_not_those_of_all_channels_say_nothing_of_a_list(
     model_maker(channels=2)
     files = [image_maker(tmp_path / f"{name}.nii.gz") for name in names]
     assert len(predict_here([files], tmp_path / "out", disable_tta=True)) == 1
+
+
+def test_a_year_stays_in_the_name_of_a_listed_case(trained, image_maker, tmp_path, predict_here):
+    lists = [[image_maker(tmp_path / f"{name}.nii.gz")] for name in ("scan_2021", "scan_2022", "other_0000")]
+    found = predict_here(lists, tmp_path / "out", disable_tta=True)
+    assert sorted(file.name for file in found) == ["other.nii.gz", "scan_2021.nii.gz", "scan_2022.nii.gz"]
 
 
 def test_unreadable_and_truncated_images_are_told_together(trained, images, tmp_path, predict_here, no_network):

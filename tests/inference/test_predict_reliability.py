@@ -156,6 +156,23 @@ def test_a_segmentation_that_is_damaged_or_on_another_grid_is_not_skipped(
     assert (out / "b.nii.gz").stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_segmentation_that_the_system_does_not_read_stays(
+    error, trained, images, tmp_path, predict_here, monkeypatch
+):
+    out = tmp_path / "out"
+    predict_here(images, out, disable_tta=True, save_probabilities=True)
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+
+    def require_whole(file):
+        raise error
+
+    monkeypatch.setattr("lgssl_nnunet.inference.cases.require_whole", require_whole)
+    with pytest.raises(type(error)):
+        predict_here(images, out, disable_tta=True, save_probabilities=True, continue_prediction=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+
+
 def test_damaged_probabilities_are_not_skipped(trained, images, tmp_path, predict_here):
     out = tmp_path / "out"
     predict_here(images, out, save_probabilities=True)

@@ -305,6 +305,17 @@ def test_continuing_makes_missing_maps_and_keeps_segmentations(guided, images, t
     predict_here(images, out, save_selection_maps=True, continue_prediction=True)
 
 
+def test_continuing_for_probabilities_keeps_maps_of_whole_segmentations(guided, images, tmp_path, predict_here):
+    guided()
+    out = tmp_path / "out"
+    predict_here(images, out, save_selection_maps=True)
+    (out / "b.nii.gz").unlink()
+    made = content(out)
+    predict_here(images, out, save_probabilities=True, continue_prediction=True)
+    maps = {name for name in content(out) if name.startswith("selection_maps/")}
+    assert maps == {name for name in made if name.startswith("selection_maps/a.")}
+
+
 def test_the_segmentation_is_moved_into_place_last(guided, images, tmp_path, predict_here, monkeypatch):
     guided()
     moved, replace = [], os.replace
