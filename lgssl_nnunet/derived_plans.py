@@ -121,7 +121,7 @@ def are_of_one_training(stored: Mapping[str, Any] | None, plans: Mapping[str, An
     `left_right`, by which images of others are compared in prediction, may be new: no training reads it, and planning
     did not always note it.
     """
-    ours, theirs = plans.get("lgssl"), (stored or {}).get("lgssl")
+    ours, theirs = (content.get("lgssl") if isinstance(content, dict) else None for content in (plans, stored))
     if isinstance(ours, dict) and isinstance(theirs, dict) and "left_right" not in theirs:
         plans = {**plans, "lgssl": {name: value for name, value in ours.items() if name != "left_right"}}
     return stored == plans
@@ -130,7 +130,7 @@ def are_of_one_training(stored: Mapping[str, Any] | None, plans: Mapping[str, An
 def _text_of_model(model_folder: Path, plans: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the text block of a model that was trained with these plans, None without one."""
     stored = read_json_if_valid(model_folder / "plans.json")
-    if not stored or not isinstance(stored.get("lgssl"), dict):
+    if not isinstance(stored, dict) or not isinstance(stored.get("lgssl"), dict):
         return None
     text, planned = stored["lgssl"].get("text") or {}, plans["lgssl"].get("text") or {}
     same = are_of_one_training({**stored, "lgssl": {**stored["lgssl"], "text": planned}}, plans)

@@ -27,6 +27,8 @@ DESCRIPTION = "The dataset.json of the predictions"
 _TABLES = ("per_case", "per_class")
 """How the names of the tables beside a summary end."""
 _HASH_LENGTH = 8
+_LONGEST_NAME = 150
+"""Bytes of a group's name; file systems take 255 for a whole file name."""
 _SHOWN = 5
 
 
@@ -66,9 +68,7 @@ def classes_of_part(
     Raises:
         UsageError: no class is left.
     """
-    from lgssl_nnunet.inference.predict import RECORD
-
-    written = ((read_json_if_valid(prediction / RECORD) or {}).get("settings") or {}).get("classes")
+    written = _written_classes(prediction)
     annotated = (dataset.get("annotated") or {}).get(group)
     labels = dataset["labels"]
     asked = [limit for limit in (written, annotated) if limit is not None]
@@ -83,6 +83,16 @@ def classes_of_part(
     if len(left) < len(names):
         logger.info("Measured are %d of %d classes: %s.", len(left), len(names), ", ".join(left.values()))
     return left
+
+
+def _written_classes(prediction: Path) -> list[str] | None:
+    """Return the classes that lgssl_predict was asked to write; None for all, or without a record that tells."""
+    from lgssl_nnunet.inference.predict import RECORD
+
+    found: Any = read_json_if_valid(prediction / RECORD)
+    for key in ("settings", "classes"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, list) else None
 
 
 def partial_references(
@@ -117,10 +127,14 @@ def partial_references(
 
 
 def _tell_unnamed(dataset: Mapping[str, Any], cases: Collection[str]) -> None:
-    """Say which cases no key names: a model's dataset.json does not know cases that were added since its planning."""
-    named = named_cases(dataset["annotated"], dataset.get("groups", {}), set(cases))
+    """Say which cases no key names: a model's dataset.json does not know cases that were added since its planning.
+
+    Where single cases are named and no group, the others are complete as a rule.
+    """
+    groups = dataset.get("groups", {})
+    named = named_cases(dataset["annotated"], groups, set(cases))
     unnamed = [case for case in cases if case not in named]
-    if unnamed:
+    if unnamed and any(key in groups for key in dataset["annotated"]):
         logger.warning(
             "%d reference(s) that 'annotated' of dataset.json does not name count as annotated completely: %s. If they "
             "are newer than this dataset.json, name a newer one with -djfile.",
@@ -133,12 +147,12 @@ def name_for_group(file_name: str, group: str | None) -> str:
     """Return the name of a file of which each group has its own.
 
     Letters of any script stay. A group whose name cannot stand there as it is, or ends like that of a table beside the
-    summary, gets a hash of its name, so that no two groups have one file.
+    summary, gets a hash of its name, so that no two groups have one file (but for capitals where a disk ignores them).
     """
     if group is None:
         return file_name
     stem, _, suffix = file_name.rpartition(".")
-    name = re.sub(r"[^\w.-]+", "_", group)
+    name = re.sub(r"[^\w.-]+", "_", group).encode()[:_LONGEST_NAME].decode(errors="ignore")
     if name != group or name.endswith(_TABLES):
         name += f"_{content_hash(group)[:_HASH_LENGTH]}"
     return f"{stem}_{name}.{suffix}"

@@ -100,8 +100,15 @@ def test_a_group_that_annotates_everything_has_all_classes_and_a_name_for_files(
     assert re.fullmatch(r"summary_all_of_b_x_[0-9a-f]{8}\.json", results["summary_file"].name)
 
 
+@pytest.mark.parametrize("record", [[1], "x", {"settings": []}, {"settings": {"classes": "spleen"}}])
+def test_a_record_that_tells_no_classes_limits_none(folders, record):
+    (folders[1] / RECORD).write_text(json.dumps(record))
+    assert [mean.name for mean in here(folders)["classes"]] == ["liver", "spleen", "kidney"]
+
+
 def test_no_two_groups_have_one_file(folders):
     groups = ["北京", "東京", "a/b", "a_b", "a b", "per_case", "per_class", "A", "A_per_class", "Süd-1.5", ".", "/"]
+    groups += [letter * 300 for letter in "北東"]
     describe(folders, groups={group: ["A_*"] for group in groups}, annotated=None)
     results = [here(folders), *(here(folders, group=group) for group in groups)]
     files = [result[kind] for result in results for kind in ("summary_file", "cases_file", "classes_file")]

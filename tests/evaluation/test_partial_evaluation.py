@@ -138,6 +138,7 @@ def test_an_impossible_declaration_is_refused(folders):
         ({}, None),
         (PARTIAL, "1 reference(s) that 'annotated' of dataset.json does not name count as annotated completely: c. If"),
         ({**PARTIAL, "annotated": {"siteA": ["liver"], "c": ["liver", "tumour"]}}, None),
+        ({"annotated": {"a": ["liver"]}}, None),
     ],
 )
 def test_cases_that_annotated_does_not_name_are_told(folders, caplog, entries, told):

@@ -314,5 +314,5 @@ def test_a_note_of_sides_that_planning_has_learned_since_does_not_stop_a_trainin
     assert are_of_one_training(stored, now)
     assert not are_of_one_training(other, now)
     assert not are_of_one_training(now, stored)
-    assert not are_of_one_training(None, now)
+    assert not any(are_of_one_training(damaged, now) for damaged in (None, [1], "plans"))
     assert not are_of_one_training({**stored, "plans_name": "Another"}, now)
