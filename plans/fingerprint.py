@@ -33,12 +33,15 @@ _SEED = 1234
 
 def dataset_fingerprint(
     dataset: RawDataset, file: Path, *, clean: bool = False, num_processes: int = 0, progress: bool = True
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], set[int]]:
     """Return the fingerprint of a dataset and its budget, from `file` if nothing has changed since it was written.
+
+    With it come the foreground values that the labels of the budget hold, each read as far as its case is annotated.
 
     Args:
         dataset: the raw dataset with the budget applied.
-        file: `dataset_fingerprint_<plans>.json`; what it was made from is noted beside it in `*.manifest.json`.
+        file: `dataset_fingerprint_<plans>.json`; what it was made from, and the values, are noted beside it in
+            `*.manifest.json`.
         clean: make it again in any case.
         num_processes: worker processes; 0 for none.
         progress: show a progress bar.
@@ -48,19 +51,23 @@ def dataset_fingerprint(
     """
     manifest = file.with_name(f"{file.stem}.manifest.json")
     key = _key(dataset)
-    old, old_key = read_json_if_valid(file), read_json_if_valid(manifest)
-    if not clean and isinstance(old, dict) and old_key == {"key": key}:
-        logger.info("Fingerprint: nothing has changed, taken from %s.", file.name)
-        return old
-    fingerprint = extract_fingerprint(dataset, num_processes=num_processes, progress=progress)
+    old, noted = read_json_if_valid(file), read_json_if_valid(manifest)
+    if not clean and isinstance(old, dict) and isinstance(noted, dict) and noted.get("key") == key:
+        values = noted.get("label_values")
+        if isinstance(values, list):
+            logger.info("Fingerprint: nothing has changed, taken from %s.", file.name)
+            return old, set(values)
+    fingerprint, values = extract_fingerprint(dataset, num_processes=num_processes, progress=progress)
     manifest.unlink(missing_ok=True)
     write_json(fingerprint, file)
-    write_json({"key": key}, manifest)
-    return fingerprint
+    write_json({"key": key, "label_values": sorted(values)}, manifest)
+    return fingerprint, values
 
 
-def extract_fingerprint(dataset: RawDataset, *, num_processes: int = 0, progress: bool = True) -> dict[str, Any]:
-    """Read all training images and the labels of the budget, and return nnU-Net's fingerprint dictionary.
+def extract_fingerprint(
+    dataset: RawDataset, *, num_processes: int = 0, progress: bool = True
+) -> tuple[dict[str, Any], set[int]]:
+    """Read all training images and the labels of the budget; return nnU-Net's fingerprint and the labels' values.
 
     Raises:
         DatasetError: an image or label cannot be read, or no labelled voxel is foreground.
@@ -87,7 +94,7 @@ def extract_fingerprint(dataset: RawDataset, *, num_processes: int = 0, progress
         [Problem(name, failures[name].reason, "repair or remove the case") for name in sorted(failures)], dataset.name
     )
     ordered = [outcome[name] for name in cases]
-    return {
+    fingerprint = {
         "spacings": [result["spacing"] for result in ordered],
         "shapes_after_crop": [result["shape"] for result in ordered],
         "foreground_intensity_properties_per_channel": _intensity_statistics(
@@ -95,6 +102,7 @@ def extract_fingerprint(dataset: RawDataset, *, num_processes: int = 0, progress
         ),
         "median_relative_size_after_cropping": float(np.median([result["relative_size"] for result in ordered])),
     }
+    return fingerprint, {value for name in dataset.labeled for value in outcome[name]["label_values"]}
 
 
 def analyze_case(
@@ -110,21 +118,25 @@ def analyze_case(
         reading: how the label is read if it is annotated in part only.
 
     Returns:
-        `shape` (X, Y, Z) after cropping to the non-zero region, `spacing` in mm, `relative_size` after cropping and
-        `intensities`, per channel a float array (num_samples,), for labelled cases.
+        `shape` (X, Y, Z) after cropping to the non-zero region, `spacing` in mm, `relative_size` after cropping, and
+        for labelled cases `intensities`, per channel a float array (num_samples,), and the foreground `label_values`.
     """
     data, properties = reader().read_images(images)
     box = nonzero_box(data)
     cropped = data[(slice(None), *box)]
-    intensities = None
+    intensities, values = None, []
     if label is not None:
         labels = reader().read_seg(label)[0][0][box]
-        intensities = _sample(cropped, (reading.read(labels) if reading else labels) > 0, num_samples)
+        labels = reading.read(labels) if reading else labels
+        foreground = labels > 0
+        intensities = _sample(cropped, foreground, num_samples)
+        values = [int(value) for value in np.unique(labels[foreground]) if np.isfinite(value)]
     return {
         "shape": list(cropped.shape[1:]),
         "spacing": [float(length) for length in properties["spacing"]],
         "relative_size": float(np.prod(cropped.shape[1:]) / np.prod(data.shape[1:])),
         "intensities": intensities,
+        "label_values": values,
     }
 
 

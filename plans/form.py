@@ -132,9 +132,11 @@ def _is_annotation(annotation: Any) -> bool:
 
 
 def _is_partial_labels(partial: Any) -> bool:
-    return isinstance(partial, dict) and all(
-        isinstance(classes, list) and all(isinstance(name, str) for name in classes) for classes in partial.values()
-    )
+    return isinstance(partial, dict) and all(map(_is_texts, partial.values()))
+
+
+def _is_texts(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _is_count(value: Any) -> bool:
@@ -155,4 +157,5 @@ _BLOCK: Mapping[str, Callable[[Any], bool]] = {
     "twins": _is_twins,
     "sparse_annotation": _is_annotation,
     "partial_labels": _is_partial_labels,
+    "unseen_classes": _is_texts,
 }

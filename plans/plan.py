@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lgssl_nnunet.data.partial_labels import class_values, foreground_classes
 from lgssl_nnunet.errors import PlansError, UsageError
 from lgssl_nnunet.files import copy_file, read_json_if_valid, write_json
 from lgssl_nnunet.locks import hold_lock, lock_beside
@@ -254,7 +255,7 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
     from lgssl_nnunet.plans.fingerprint import dataset_fingerprint
     from lgssl_nnunet.plans.planner import make_plans
 
-    fingerprint = dataset_fingerprint(
+    fingerprint, label_values = dataset_fingerprint(
         job.dataset,
         job.preprocessed / f"dataset_fingerprint_{job.plans_name}.json",
         clean=options.clean,
@@ -272,7 +273,24 @@ def _plan(job: PlanningJob, options: PlanningOptions, planner_class: type[LGSSLP
         protocol=None if job.published is None else job.published.protocol,
     )
     plans["lgssl"] = _lgssl_block(job, plans, planner_class)
+    unseen = _unseen_classes(job, label_values)
+    if unseen:
+        plans["lgssl"]["unseen_classes"] = unseen
     return plans
+
+
+def _unseen_classes(job: PlanningJob, label_values: set[int]) -> list[str]:
+    """Return, and warn of, the classes of which no labelled case has a voxel: nothing can be learnt of them."""
+    labels = job.dataset.dataset_json["labels"]
+    unseen = [name for name in foreground_classes(labels) if not class_values(labels[name]) & label_values]
+    if unseen:
+        logger.warning(
+            "None of the %d labelled cases has a voxel of %s: a model cannot learn it, and lgssl_predict --classes "
+            "refuses it. Name cases that have it with --labeled_list, or choose another --seed.",
+            len(job.dataset.labeled),
+            " and ".join(unseen),
+        )
+    return unseen
 
 
 def _lgssl_block(job: PlanningJob, plans: Mapping[str, Any], planner_class: type[LGSSLPlanningMixin]) -> dict[str, Any]:

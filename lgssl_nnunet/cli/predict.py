@@ -59,6 +59,7 @@ def _add_input_and_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--classes",
         nargs="+",
+        action="extend",
         metavar="NAME",
         help="write only these classes (or regions), with their values in dataset.json; decided over all classes, "
         "what the others win becomes background (default: all)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,29 @@ from lgssl_nnunet.data.partial_labels import foreground_classes
 from lgssl_nnunet.errors import UsageError
 
 
-def chosen_classes(asked: Sequence[str] | None, dataset_json: Mapping[str, Any]) -> tuple[str, ...] | None:
+def chosen_classes(
+    asked: Sequence[str] | None, dataset_json: Mapping[str, Any], unseen: Collection[str] = ()
+) -> tuple[str, ...] | None:
     """Return the classes to write, in the order of dataset.json; None for all.
 
     Args:
         asked: names of classes or regions; None for all.
         dataset_json: of the model.
+        unseen: classes of which no case that trained the model had a voxel.
 
     Raises:
-        UsageError: no name was given, or one that is no foreground class of the model.
+        UsageError: no name was given, or one that is no foreground class of the model, or an unseen one.
     """
     if asked is None:
         return None
-    there = foreground_classes(dataset_json["labels"])
-    unknown = [name for name in asked if name not in there]
-    if unknown or not asked:
-        problem = f"the model has no class {', '.join(map(repr, unknown))}" if unknown else "no class is named"
+    there = [name for name in foreground_classes(dataset_json["labels"]) if name not in unseen]
+    unlearnt = [name for name in asked if name in unseen]
+    unknown = [name for name in asked if name not in there and name not in unlearnt]
+    problems = [f"the model has no class {', '.join(map(repr, unknown))}"] if unknown else []
+    if unlearnt:
+        problems.append(f"the model was never trained on {', '.join(map(repr, unlearnt))}, which no labelled case had")
+    if problems or not asked:
+        problem = " and ".join(problems) or "no class is named"
         raise UsageError(f"--classes: {problem}; choose among {', '.join(map(repr, there))}.")
     return tuple(name for name in there if name in asked)
 

@@ -186,8 +186,13 @@ def _announce(chosen: ChosenModel, classes: Sequence[str] | None) -> tuple[Image
     """Say which model predicts, and return what it expects of images and which of its classes are written."""
     logger.info("Model: %s", chosen)
     dataset_json = chosen.model.read_json("dataset.json")
-    rules = image_rules(chosen.model.read_json("plans.json"), dataset_json, chosen.folder)
-    return rules, chosen_classes(classes, dataset_json)
+    plans = chosen.model.read_json("plans.json")
+    unseen = plans.get("lgssl", {}).get("unseen_classes", [])
+    if unseen and classes is None:
+        logger.warning(
+            "The model was never trained on %s: what it segments as such means nothing.", " and ".join(unseen)
+        )
+    return image_rules(plans, dataset_json, chosen.folder), chosen_classes(classes, dataset_json, unseen)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ _OF_OUR_BLOCK = (
     "left_right",
     "text",
     "training",
+    "unseen_classes",
 )
 _OF_DATASET_JSON = (
     "name",

@@ -52,6 +52,7 @@ def guided(model_maker) -> Path:
         "split": SPLIT,
         "twins": [[PATIENT, f"{PATIENT}_2"]],
         "partial_labels": {PATIENT: ["liver"]},
+        "unseen_classes": ["spleen"],
         "sparse_annotation": {"planned_as": "LGSSLCPUPlans", "slices": {PATIENT: {"z": 1, "y": 2}}},
         "text": {"encoder": "file:bank.npz (all-MiniLM-L6-v2)", "embeddings": EMBEDDINGS},
         "training": {"seed": 3, "hyperparameters": options},
@@ -156,6 +157,7 @@ def test_a_bundle_holds_no_name_of_a_case_no_path_and_no_state_of_the_training(g
             "seed": 3,
             "hyperparameters": {"text_encoder": "file:bank.npz (all-MiniLM-L6-v2)", "tvsf_stages": 2},
         },
+        "unseen_classes": ["spleen"],
     }
     assert "configurations" in plans
     assert dataset_json["licence"] == "MIT"

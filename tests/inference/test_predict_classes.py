@@ -78,6 +78,23 @@ def test_a_class_that_is_not_there_is_refused_by_name_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_that_the_model_was_never_trained_on_is_refused_by_name(
+    model_maker, images, tmp_path, predict_here, caplog
+):
+    plans = model_maker() / "plans.json"
+    plans.write_text(json.dumps(json.loads(plans.read_text()) | {"lgssl": {"unseen_classes": ["tumour"]}}))
+    with pytest.raises(UsageError) as error:
+        predict_here(images, tmp_path / "out", classes=["tumour", "livr"])
+    assert str(error.value) == (
+        "--classes: the model has no class 'livr' and the model was never trained on 'tumour', which no labelled case "
+        "had; choose among 'kidney'."
+    )
+    predict_here(images, tmp_path / "some", classes=["kidney"], disable_tta=True)
+    assert "never trained" not in caplog.text
+    predict_here(images, tmp_path / "all", disable_tta=True)
+    assert "The model was never trained on tumour: what it segments as such means nothing." in caplog.text
+
+
 def test_ignore_is_no_class(model_maker, images, tmp_path, predict_here):
     model = model_maker()
     description = json.loads((model / "dataset.json").read_text())

@@ -60,7 +60,7 @@ def test_every_flag_reaches_the_function(monkeypatch, tmp_path):
     words = (
         "-i IMAGES -o OUT -d 501 -c 2d -f 0 all -p PLANS -tr TRAINER -chk checkpoint_best.pth -m MODEL "
         "--precision fp32 -step_size 0.25 --disable_tta --save_probabilities --save_selection_maps "
-        "--classes liver spleen "
+        "--classes liver --classes spleen "
         "--continue_prediction --overwrite -npp 4 -nps 5 -num_parts 7 -part_id 6 -device cpu --not_on_device "
         "--trust_checkpoint -prev_stage_predictions STAGE --verbose --disable_progress_bar"
     )

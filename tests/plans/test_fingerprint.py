@@ -19,7 +19,7 @@ def few_samples(monkeypatch):
 
 def test_keys_and_order_are_those_of_nnunet(raw_dataset):
     raw_dataset(labeled=2, unlabeled=1, in_images_un=1)
-    result = extract_fingerprint(load_raw_dataset(901), progress=False)
+    result, _ = extract_fingerprint(load_raw_dataset(901), progress=False)
     assert set(result) == {
         "spacings",
         "shapes_after_crop",
@@ -35,7 +35,7 @@ def test_keys_and_order_are_those_of_nnunet(raw_dataset):
 def test_intensities_are_those_of_nnunet_on_the_labelled_cases(raw_dataset):
     raw_dataset(labeled=2, unlabeled=2)
     dataset = load_raw_dataset(901)
-    mine = extract_fingerprint(dataset, progress=False)["foreground_intensity_properties_per_channel"]["0"]
+    mine = extract_fingerprint(dataset, progress=False)[0]["foreground_intensity_properties_per_channel"]["0"]
     reader = module.find_reader(dataset.dataset_json, dataset.labeled["lab_00"].images[0])
     drawn = [
         DatasetFingerprintExtractor.analyze_case([str(case.images[0])], str(case.label), reader, 2000)[2][0]
@@ -47,9 +47,9 @@ def test_intensities_are_those_of_nnunet_on_the_labelled_cases(raw_dataset):
 
 def test_samples_per_case_depend_on_the_labelled_cases_alone(raw_dataset):
     writer = raw_dataset(labeled=2, unlabeled=0, in_images_un=0)
-    before = extract_fingerprint(load_raw_dataset(901), progress=False)
+    before, _ = extract_fingerprint(load_raw_dataset(901), progress=False)
     writer.add("zusatz", labeled=False)
-    after = extract_fingerprint(load_raw_dataset(901), progress=False)
+    after, _ = extract_fingerprint(load_raw_dataset(901), progress=False)
     key = "foreground_intensity_properties_per_channel"
     assert before[key] == after[key]
     assert len(after["spacings"]) == len(before["spacings"]) + 1
@@ -65,8 +65,8 @@ def test_it_is_made_again_only_when_files_or_budget_change(raw_dataset, tmp_path
     def fingerprint(labeled=("lab_00", "lab_01"), **options):
         return dataset_fingerprint(load_raw_dataset(901).with_labeled(labeled), file, progress=False, **options)
 
-    first = fingerprint()
-    assert fingerprint() == first == json.loads(file.read_text())
+    first, values = fingerprint()
+    assert fingerprint() == (first, values) == (json.loads(file.read_text()), {1, 2})
     assert len(runs) == 1
     writer.label_file("lab_02").write_bytes(b"a label outside the budget")
     fingerprint()
@@ -76,6 +76,10 @@ def test_it_is_made_again_only_when_files_or_budget_change(raw_dataset, tmp_path
     writer.add("unl_00", labeled=False, shape=(18, 18, 18))
     fingerprint(labeled=("lab_00",))
     assert len(runs) == 4
+    manifest = file.with_name("dataset_fingerprint_X.manifest.json")
+    manifest.write_text(json.dumps({"key": json.loads(manifest.read_text())["key"]}))  # as older versions wrote it
+    fingerprint(labeled=("lab_00",))
+    assert len(runs) == 5
 
 
 def test_labelled_cases_without_foreground_are_refused(raw_dataset):

@@ -332,9 +332,23 @@ def test_the_fingerprint_has_no_intensities_of_classes_not_annotated(raw_dataset
     means = []
     for number, classes in enumerate((["liver", "spleen"], ["liver"])):  # boxes of about 15 and 20
         declare(writer, annotated={"lab_00": classes})
-        found = dataset_fingerprint(load_raw_dataset(901), tmp_path / f"{number}.json", progress=False)
+        found, values = dataset_fingerprint(load_raw_dataset(901), tmp_path / f"{number}.json", progress=False)
+        assert values == {1, 2} - ({2} if number else set())
         means.append(found[key]["0"]["mean"])
     assert means[1] < means[0] - 1
+
+
+def test_a_class_of_which_no_case_has_a_voxel_is_told_and_noted(raw_dataset, plan_tiny, caplog):
+    writer = raw_dataset(labeled=2)
+    declare(writer, annotated={"lab_00": ["liver"]})  # whose voxels of the spleen say nothing
+    label = sitk.ReadImage(str(writer.label_file("lab_01")))
+    sitk.WriteImage(label * sitk.Cast(label != 2, label.GetPixelID()), str(writer.label_file("lab_01")))
+    assert json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]["unseen_classes"] == ["spleen"]
+    assert "None of the 2 labelled cases has a voxel of spleen: a model cannot learn it" in caplog.text
+    caplog.clear()
+    declare(writer, annotated={})
+    assert "unseen_classes" not in json.loads(plan_tiny(preprocess=False).read_text())["lgssl"]
+    assert "has a voxel" not in caplog.text
 
 
 def test_stored_labels_hold_annotated_classes_only(raw_dataset, plan_tiny, data_root):
