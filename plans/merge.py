@@ -37,7 +37,7 @@ from lgssl_nnunet.plans.merged_sources import (
     merged_channels,
 )
 from lgssl_nnunet.problems import first_of, raise_if_any
-from lgssl_nnunet.text.prompts import prompt_modality
+from lgssl_nnunet.text.prompts import has_regions, prompt_modality
 
 logger = logging.getLogger(__name__)
 
@@ -287,9 +287,10 @@ def _checked(
     # With a dataset missing, its classes would be called unknown.
     complete = len(sources) == len(datasets)
     classes, unclear = merge_classes([member for source in sources for member in source.classes], same, keep_apart)
-    unclear += [
-        problem for source in sources if not source.dataset.problems for problem in annotation_problems(source, classes)
+    sound = [
+        source for source in sources if not source.dataset.problems and not has_regions(source.dataset.dataset_json)
     ]
+    unclear += [problem for source in sound for problem in annotation_problems(source, classes)]
     raise_if_any([*problems, *(unclear if complete else [])], f"The merge into {target.name}")
     folder = MergedFolder(target, sources[0].dataset.file_ending, link)
     return Merge(tuple(sources), tuple(classes), channels, folder)

@@ -180,7 +180,7 @@ def annotated_and_groups(
     cases = [*source.dataset.cases, *source.test]
     named = named_cases(annotated, groups, set(cases))
     rest = [case for case in cases if case not in named]
-    if any(case in source.dataset.labeled or case in source.test for case in rest):
+    if rest:  # unlabelled ones too, which may get a label in the merged dataset
         name = _unused("other", groups)
         mine[f"{source.name}/{name}"] = everything
         groups = groups | {name: [glob.escape(case) for case in rest]}

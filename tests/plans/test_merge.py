@@ -571,6 +571,22 @@ def test_groups_and_partly_annotated_cases_of_a_dataset_come_along(raw_dataset):
     }
 
 
+def test_an_unlabelled_case_of_a_dataset_with_annotated_belongs_to_a_group_for_when_it_gets_a_label(
+    raw_dataset, plan_tiny
+):
+    first = raw_dataset(2, 1, 0, 0, labels=FIRST)
+    first.content["annotated"] = {"lab_00": ["liver"], "lab_01": ["postcava"]}
+    first.write_json()
+    raw_dataset(1, 0, 0, 0, number=902, labels={"background": 0, "spleen": 1})
+    merged = here([901, 902], 903)
+    assert description(merged)["annotated"][f"{A}/other"] == ["liver", "postcava"]
+    assert description(merged)["groups"][f"{A}/other"] == [f"{A}_unl_00"]
+    labels = merged / "labelsTr"
+    (labels / f"{A}_unl_00.nii.gz").write_bytes((labels / f"{A}_lab_00.nii.gz").read_bytes())
+    plans = json.loads(plan_tiny(903, preprocess=False).read_text())
+    assert plans["lgssl"]["partial_labels"][f"{A}_unl_00"] == ["liver", "postcava"]
+
+
 def test_groups_of_a_dataset_that_annotates_all_its_classes_come_along(raw_dataset, plan_tiny):
     first = raw_dataset(2, 0, 0, 1, labels=FIRST)
     first.content["groups"] = {"Süd": ["lab_00", "test_*"], "Nord": ["lab_0[1]"]}
