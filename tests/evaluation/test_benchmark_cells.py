@@ -157,6 +157,21 @@ def test_cases_that_leave_a_class_open_are_unlabelled_cases_too(all_labeled):
     assert shown(grid(budgets=["all"])) == [(0, None, "SupervisedTrainer"), (0, None, "LGSSLTrainer")]
 
 
+def test_budgets_and_trainers_that_partly_annotated_cases_rule_out_are_told_before_any_training(all_labeled):
+    content = json.loads((all_labeled / "dataset.json").read_text())
+    cases = sorted(file.name.split(".")[0] for file in (all_labeled / "labelsTr").iterdir())
+    first, second = (name for name in content["labels"] if name != "background")
+    content["annotated"] = {case: [first] for case in cases[1:]} | {cases[0]: [second]}
+    (all_labeled / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError) as error:
+        grid(budgets=[1, 6], seeds=[0, 1], trainers=["LGSSLTrainer", "UAMTTrainer"])
+    message = str(error.value)
+    assert message.count("none of the 1 labelled cases of this budget annotates") == 1
+    assert "Dataset901_Phantom, seed 0: " in message
+    assert "annotate only some of the classes, which UAMTTrainer cannot learn from; leave out" in message
+    assert shown(grid(budgets=[6])) == [(0, 6, "SupervisedTrainer"), (0, 6, "LGSSLTrainer")]
+
+
 def test_the_upper_bound_is_there_without_being_named(all_labeled):
     methods = shown(grid(budgets=["all", 2], trainers=["LGSSLTrainer"]))
     assert methods == [(0, 2, "LGSSLTrainer"), (0, None, "SupervisedTrainer")]

@@ -12,7 +12,7 @@ from lgssl_nnunet.evaluation.benchmark.cells import Cell, method_label, parse_me
 from lgssl_nnunet.inference.models import BASELINE
 from lgssl_nnunet.plans.cases import RawDataset, load_raw_dataset
 from lgssl_nnunet.plans.partial_labels import partial_labels
-from lgssl_nnunet.plans.splits import choose_budget
+from lgssl_nnunet.plans.splits import choose_budget, require_every_class
 from lgssl_nnunet.problems import first_of
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class Method:
     trainer: str
     settings: tuple[tuple[str, Any], ...]
     needs_unlabeled: bool
+    takes_partial_labels: bool
     has_source: bool
 
 
@@ -74,7 +75,7 @@ def build_grid(request: GridRequest) -> list[Cell]:
     if not request.seeds or len(set(request.seeds)) != len(request.seeds) or min(request.seeds) < 0:
         problems.append("--seeds: give one or more whole numbers from 0, each once.")
     for dataset in datasets:
-        problems += _problems_of_test_cases(dataset) + _problems_of_budgets(dataset, budgets, request.seeds)
+        problems += _problems_of_test_cases(dataset) + _problems_of_budgets(dataset, budgets, request.seeds, methods)
     if problems:
         raise UsageError("The benchmark cannot begin:\n" + "\n".join(f"  {problem}" for problem in problems))
     cells = []
@@ -104,8 +105,8 @@ def _methods_of_budget(methods: Sequence[Method], dataset: RawDataset, budget: i
     Cases that annotate some classes only are unlabelled in the others, for the methods that take them.
     """
     left = bool(dataset.unlabeled) or (budget is not None and budget < len(dataset.labeled))
-    leaves_some = left or bool(partial_labels(dataset))
-    usable = [method for method in methods if leaves_some or not method.needs_unlabeled]
+    partial = bool(partial_labels(dataset))
+    usable = [m for m in methods if left or not m.needs_unlabeled or (partial and m.takes_partial_labels)]
     left_out = [method_label(m.trainer, dict(m.settings)) for m in methods if m not in usable]
     if left_out:
         logger.info(
@@ -164,6 +165,7 @@ def _method(word: str) -> Method:
         trainer,
         tuple(sorted(settings.items())),
         needs_unlabeled=bool(trainer_class.views),
+        takes_partial_labels=trainer_class.supports_partial_labels,
         has_source=hasattr(trainer_class.hyperparameters, "source"),
     )
 
@@ -205,11 +207,25 @@ def _problems_of_test_cases(dataset: RawDataset) -> list[str]:
     return problems
 
 
-def _problems_of_budgets(dataset: RawDataset, budgets: Sequence[int | None], seeds: Sequence[int]) -> list[str]:
-    problems = []
+def _problems_of_budgets(
+    dataset: RawDataset, budgets: Sequence[int | None], seeds: Sequence[int], methods: Sequence[Method]
+) -> list[str]:
+    """Return what planning or training would refuse of the budgets, each once for all seeds."""
+    problems: list[str] = []
+    partial: set[str] = set()
     for budget in budgets:
-        try:
-            choose_budget(dataset, labeled=budget, seed=0 if budget is None else max(seeds, default=0))
-        except LGSSLError as error:
-            problems.append(f"{dataset.name}: {error}")
+        for seed in (0,) if budget is None else sorted({max(seed, 0) for seed in seeds}):
+            try:
+                drawn = choose_budget(dataset, labeled=budget, seed=seed).labeled
+                require_every_class(dataset.with_labeled(drawn))
+            except LGSSLError as error:
+                problems.append(f"{dataset.name}{'' if budget is None else f', seed {seed}'}: {error}")
+                break
+            partial |= partial_labels(dataset.with_labeled(drawn)).keys()
+    unfit = sorted({method.trainer for method in methods if not method.takes_partial_labels})
+    if partial and unfit:
+        problems.append(
+            f"{dataset.name}: {first_of(sorted(partial), _MOST_NAMED)} annotate only some of the classes, which "
+            f"{', '.join(unfit)} cannot learn from; leave out these trainers."
+        )
     return problems
