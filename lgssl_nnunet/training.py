@@ -21,6 +21,7 @@ from lgssl_nnunet.paths import (
 )
 from lgssl_nnunet.plans.dataset_json import load_dataset_json
 from lgssl_nnunet.plans.stored import load_plans, preprocessed_folder
+from lgssl_nnunet.problems import first_of, raise_if_any
 from lgssl_nnunet.registry import find_trainer, trainer_names
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 5
 _WITHOUT_IT = "Move it away; --c then goes on from the next checkpoint in its folder, and starts anew without one."
 
 
@@ -288,12 +290,30 @@ def _check_preprocessed(dataset_folder: Path, plans: dict[str, Any], configurati
             f"{len(missing)} cases are not preprocessed as {plans['plans_name']} ask ({shown}): plan the dataset again "
             f"with the same options and -c {configuration}; what is up to date is kept."
         )
+    _check_annotated(dataset_folder, plans, dataset_json)
     missing = unannotated_cases(dataset_folder, plans, configuration)
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise PlansError(
             f"The slices of {len(missing)} cases are not propagated as {plans['plans_name']} ask ({shown}): run "
             f"lgssl_sparse_annotation again with the same options and -c {configuration}; what is up to date is kept."
+        )
+
+
+def _check_annotated(dataset_folder: Path, plans: dict[str, Any], dataset_json: Mapping[str, Any]) -> None:
+    """Refuse plans that are older than a change of `annotated`: other plans of the dataset were made since."""
+    from lgssl_nnunet.plans.partial_labels import annotated_classes, annotation_problems
+
+    if "lgssl" not in plans:
+        return
+    raise_if_any(annotation_problems(dataset_json), dataset_folder.name)
+    now = annotated_classes(dataset_json, plans["lgssl"]["split"]["labeled"])
+    planned = plans["lgssl"].get("partial_labels", {})
+    differing = sorted(case for case in {**planned, **now} if set(planned.get(case, ())) != set(now.get(case, ())))
+    if differing:
+        raise PlansError(
+            f"'annotated' of dataset.json was changed for {first_of(differing, _MOST_NAMED)} after "
+            f"{plans['plans_name']} were made: plan the dataset again with the same options."
         )
 
 

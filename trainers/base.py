@@ -316,10 +316,10 @@ class SemiSupervisedTrainer(nnUNetTrainer):
                 f"Fold {fold} needs at least {MIN_CASES_FOR_FOLDS} labelled cases and {plans_name} have "
                 f"{len(split['labeled'])}: train with -f all."
             )
-        if cls.views:
-            cls._check_unlabeled(plans, fold)
         if "partial_labels" in plans["lgssl"]:
             cls._check_partial_labels(plans, fold, dataset_json)
+        if cls.views:
+            cls._check_unlabeled(plans, fold)
         if cls.pairs_batches:
             cls.check_pairs(plans, configuration)
         if distributed.num_processes() > 1:

@@ -25,6 +25,14 @@ from lgssl_nnunet.registry import find_trainer, trainer_names
 SUPPORTED = [name for name in trainer_names() if find_trainer(name).supports_partial_labels]
 # With these every term of the method counts from the first step.
 ALL_TERMS = {"LGSSLTrainer": {"class_map_weight": 0.5, "alignment_weight": 0.5, "ramp_fraction": 0.0}}
+KINDS: dict[str, dict[str, Any]] = {
+    "classes": {},
+    "regions": {"regions": True},
+    "ignore": {"ignore": True},
+    "slices": {"shape": (24, 24)},
+    "slices with regions": {"shape": (24, 24), "regions": True},
+    "slices with ignore": {"shape": (24, 24), "ignore": True},
+}
 CASES = 4  # Cases 0 and 1 annotate the first class or region, case 2 the second, the last both.
 
 
@@ -39,7 +47,7 @@ def annotate_everything(raw: Path) -> None:
 def annotate(raw: Path) -> None:
     """Let three of the phantom's labelled cases annotate one class only."""
     content = json.loads((raw / "dataset.json").read_text())
-    names = [name for name in content["labels"] if name != "background"]
+    names = [name for name in content["labels"] if name not in ("background", "ignore")]
     cases = sorted(file.name.split(".")[0] for file in (raw / "labelsTr").iterdir())
     content["annotated"] = {cases[2]: [names[1]], "liver only": [names[0]]}
     content["groups"] = {"liver only": [cases[0], f"{cases[1][:-1]}[{cases[1][-1]}]"]}
@@ -64,6 +72,20 @@ def fill(known: list[int], wrong: list[int]) -> Callable[[np.ndarray], np.ndarra
     return change
 
 
+def configuration_of(kind: str) -> str:
+    return "2d" if "slices" in kind else "3d_fullres"
+
+
+def damage_but_ignored(raw: Path, with_regions: bool, poisoned: bool) -> None:
+    """Do what `damage` does, and leave the voxels of an ignore label."""
+    ignored = json.loads((raw / "dataset.json").read_text())["labels"].get("ignore")
+    before = [sitk.GetArrayFromImage(sitk.ReadImage(str(file))) for file in sorted((raw / "labelsTr").iterdir())]
+    damage(raw, with_regions, poisoned)
+    for number, label in enumerate(before if ignored is not None else []):
+        assert (label == ignored).any()
+        relabel(raw, number, lambda damaged, label=label: np.where(label == ignored, ignored, damaged))
+
+
 def damage(raw: Path, with_regions: bool, poisoned: bool) -> None:
     """Take the classes not annotated out of the labels, or put wrong ones in."""
     if with_regions:  # liver with its gallbladder (1, 2), gallbladder (2)
@@ -85,13 +107,13 @@ def planned(new_phantom, plan_phantom, tmp_path_factory) -> Callable[..., Any]:
     def get(labels: str = "classes", state: str = "clean") -> Any:
         if (labels, state) not in made:
             root = tmp_path_factory.mktemp(f"{labels}_{state}")
-            raw = new_phantom(root, num_labeled=CASES, num_unlabeled=2, num_test=0, regions=labels == "regions")
+            raw = new_phantom(root, num_labeled=CASES, num_unlabeled=2, num_test=0, **KINDS[labels])
             if state == "declared":
                 annotate_everything(raw)
             elif state != "complete":
                 annotate(raw)
-                damage(raw, labels == "regions", state == "poisoned")
-            made[labels, state] = plan_phantom(root, raw.name, configurations=("3d_fullres",))
+                damage_but_ignored(raw, "regions" in labels, state == "poisoned")
+            made[labels, state] = plan_phantom(root, raw.name, configurations=(configuration_of(labels),))
         return made[labels, state]
 
     return get
@@ -105,6 +127,7 @@ def trained(planned, build_trainer) -> Callable[..., Any]:
     def get(name: str, labels: str, state: str) -> Any:
         if (name, labels, state) not in made:
             options = {"training": {"seed": 0, "hyperparameters": ALL_TERMS.get(name, {})}}
+            options["configuration"] = configuration_of(labels)
             trainer = build_trainer(name, dataset=planned(labels, state), epochs=2, iterations=2, **options)
             trainer.run_training()
             made[name, labels, state] = trainer
@@ -141,7 +164,7 @@ def test_the_two_trainers_support_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["classes", "regions"])
+@pytest.mark.parametrize("labels", KINDS)
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_wrong_values_in_classes_not_annotated_leave_the_weights_as_they_are_to_the_bit(name, labels, trained, same):
     clean, poisoned = (checkpoint(trained(name, labels, state)) for state in ("clean", "poisoned"))
@@ -373,7 +396,16 @@ def test_a_class_that_no_validation_case_annotates_is_left_out_of_the_mean_over_
 def test_other_trainers_refuse_in_a_sentence_before_anything_is_written(name, planned, build_trainer, tmp_path):
     with pytest.raises(PlansError, match=rf"3 labelled cases of .*{name}.*SupervisedTrainer or LGSSLTrainer"):
         build_trainer(name, dataset=planned(), results=tmp_path)
+    split = {**planned().plans()["lgssl"]["split"], "unlabeled": []}
+    with pytest.raises(PlansError, match=rf"3 labelled cases of .*{name}"):
+        build_trainer(name, dataset=planned(), results=tmp_path, split=split)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("names", [["heart"], ["background", "liver"]])
+def test_plans_with_classes_that_dataset_json_does_not_have_are_refused(build_trainer, names):
+    with pytest.raises(PlansError, match=f"name {names[0]}, which dataset.json does not have as a class"):
+        build_trainer("SupervisedTrainer", partial_labels={"a": names})
 
 
 def test_a_fold_whose_training_cases_lack_a_class_is_refused(tiny_dataset, build_trainer):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lgssl_nnunet.errors import CheckpointError, LGSSLError, PlansError, UsageError
+from lgssl_nnunet.errors import CheckpointError, DatasetError, LGSSLError, PlansError, UsageError
 from lgssl_nnunet.training import train
 
 
@@ -88,6 +88,21 @@ def test_nor_may_they_be_preprocessed_for_other_plans(train_tiny, dataset):
         train_tiny()
 
 
+def test_nor_may_others_be_annotated_than_the_plans_say(train_tiny, dataset):
+    file = dataset.preprocessed / "dataset.json"
+    content = json.loads(file.read_text())
+    case = dataset.plans()["lgssl"]["split"]["labeled"][0]
+    name = next(name for name in content["labels"] if name != "background")
+    file.write_text(json.dumps(content | {"annotated": {case: [name]}}))
+    with pytest.raises(
+        PlansError, match=rf"'annotated' of dataset.json was changed for {case} after .*: plan the dataset"
+    ):
+        train_tiny()
+    file.write_text(json.dumps(content | {"annotated": [case]}))
+    with pytest.raises(DatasetError, match=r"'annotated' is not an object"):
+        train_tiny()
+
+
 def test_nor_does_a_run_on_several_gpus(train_tiny, monkeypatch):
     model = train_tiny()
     plans = json.loads((model / "plans.json").read_text())
@@ -123,8 +138,8 @@ WRONG_PLANS = {
     "options as a list": (put("lgssl", "training", value=[1]), "training in lgssl is not as planning writes"),
     "one twin": (put("lgssl", "twins", value=[["a"]]), "twins in lgssl is not as planning writes"),
     "classes as text": (put("lgssl", "partial_labels", value={"a": "liver"}), "partial_labels in lgssl is not as"),
-    "unknown class": (put("lgssl", "partial_labels", value={"a": ["heart"]}), "heart, which dataset.json does not"),
-    "background": (put("lgssl", "partial_labels", value={"a": ["background", "liver"]}), "name background, which"),
+    "not annotated so": (put("lgssl", "partial_labels", value={"a": ["heart"]}), "was changed for a after"),
+    "unseen as text": (put("lgssl", "unseen_classes", value="liver"), "unseen_classes in lgssl is not as"),
     "slices as a list": (put("lgssl", "sparse_annotation", value={"slices": []}), "sparse_annotation in lgssl is not"),
     "a layer that is a function": (put(*LAYERS, "norm_op", value="os.abort"), "builds its network from os.abort"),
     "a kernel of text": (put(*LAYERS, "kernel_sizes", value="abc"), "makes no network for 3d_fullres"),
