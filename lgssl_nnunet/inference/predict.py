@@ -364,8 +364,8 @@ def _check_output(call: _Call) -> None:
     foreign = _foreign_record(call)
     if foreign is not None and not call.overwrite:
         raise UsageError(
-            f"{foreign} comes from another dataset, model or setting; choose another output folder, "
-            "or replace what is there with --overwrite."
+            f"{foreign} comes from another dataset, model or setting{_what_differs(foreign, call)}; choose another "
+            "output folder, or replace what is there with --overwrite."
         )
     if foreign is not None or not (call.output / RECORD).exists():
         _refuse_unexplained(call)
@@ -388,9 +388,29 @@ def _foreign_record(call: _Call) -> Path | None:
     """Return a file of an output folder that tells of another dataset, model or setting, None if there is none."""
     for name, record in call.records.items():
         file = call.output / name
-        if file.exists() and _identity(read_json_if_valid(file) or {}) != _identity(record):
+        if file.exists() and _identity(_stored_record(file)) != _identity(record):
             return file
     return None
+
+
+def _what_differs(file: Path, call: _Call) -> str:
+    """Return in brackets which settings of a foreign record are others than these; empty if it is not in them."""
+    found = [record.get("settings") for record in (_stored_record(file), call.records[file.name])]
+    there, asked = (settings if isinstance(settings, dict) else {} for settings in found)
+    names = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+    told = [f"{name}: {_words(there.get(name))} there, {_words(asked.get(name))} asked" for name in names]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "not given"
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+
+
+def _stored_record(file: Path) -> dict[str, Any]:
+    content = read_json_if_valid(file)
+    return content if isinstance(content, dict) else {}
 
 
 def _refuse_unexplained(call: _Call) -> None:

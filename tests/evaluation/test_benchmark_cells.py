@@ -167,7 +167,7 @@ def test_budgets_and_trainers_that_partly_annotated_cases_rule_out_are_told_befo
         grid(budgets=[1, 6], seeds=[0, 1], trainers=["LGSSLTrainer", "UAMTTrainer"])
     message = str(error.value)
     assert message.count("none of the 1 labelled cases of this budget annotates") == 1
-    assert "Dataset901_Phantom, seed 0: " in message
+    assert "seed 0: Dataset901_Phantom: none of the 1 labelled" in message
     assert "annotate only some of the classes, which UAMTTrainer cannot learn from; leave out" in message
     assert shown(grid(budgets=[6])) == [(0, 6, "SupervisedTrainer"), (0, 6, "LGSSLTrainer")]
 

@@ -115,7 +115,9 @@ def test_continuing_with_probabilities_predicts_cases_that_lack_them(trained, im
 def test_results_of_another_model_or_setting_are_not_mixed_in(trained, images, tmp_path, predict_here):
     out = tmp_path / "out"
     predict_here(images / "a_0000.nii.gz", out, disable_tta=True)
-    with pytest.raises(UsageError, match=r"lgssl_prediction\.json comes from another dataset, model or setting"):
+    with pytest.raises(
+        UsageError, match=r"model or setting \(mirroring_axes: none there, 0, 1, 2 asked\); choose another"
+    ):
         predict_here(images / "b_0000.nii.gz", out, continue_prediction=True)
 
 

@@ -52,8 +52,11 @@ def test_the_folder_says_which_classes_it_holds_and_its_dataset_json_fits(traine
 def test_a_folder_with_other_classes_is_not_continued(trained, images, tmp_path, predict_here):
     options = {"disable_tta": True, "continue_prediction": True}
     predict_here(images / "a_0000.nii.gz", tmp_path / "out", classes=["kidney"], **options)
-    for others in (["tumour"], ["kidney", "tumour"], None):
-        with pytest.raises(UsageError, match=r"lgssl_prediction\.json comes from another dataset, model or setting"):
+    asked = {"tumour": ["tumour"], "kidney, tumour": ["kidney", "tumour"], "not given": None}
+    for words, others in asked.items():
+        with pytest.raises(
+            UsageError, match=rf"dataset, model or setting \(classes: kidney there, {words} asked\); choose"
+        ):
             predict_here(images, tmp_path / "out", classes=others, **options)
     predict_here(images, tmp_path / "out", classes=["kidney"], **options)
     assert (tmp_path / "out" / "b.nii.gz").is_file()

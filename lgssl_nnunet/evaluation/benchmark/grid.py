@@ -219,7 +219,7 @@ def _problems_of_budgets(
                 drawn = choose_budget(dataset, labeled=budget, seed=seed).labeled
                 require_every_class(dataset.with_labeled(drawn))
             except LGSSLError as error:
-                problems.append(f"{dataset.name}{'' if budget is None else f', seed {seed}'}: {error}")
+                problems.append(str(error) if budget is None else f"seed {seed}: {error}")
                 break
             partial |= partial_labels(dataset.with_labeled(drawn)).keys()
     unfit = sorted({method.trainer for method in methods if not method.takes_partial_labels})
