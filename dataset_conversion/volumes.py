@@ -192,6 +192,24 @@ def count_not_finite_if_whole(path: Path) -> int:
     return wrong
 
 
+def require_intact(path: Path, remedy: str = "replace them, for example with background") -> None:
+    """Raise if a file is damaged, or a NIfTI file holds NaN or infinite voxels: ITK reads both without a word.
+
+    Args:
+        path: the file.
+        remedy: what to do about such voxels, for the message.
+
+    Raises:
+        DatasetError: with what is wrong, or the number of such voxels.
+    """
+    try:
+        wrong = count_not_finite_if_whole(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path}: cannot be read ({last_line(error)}); copy or export it again.") from None
+    if wrong:
+        raise DatasetError(f"{path}: {wrong} voxels are NaN or infinite; {remedy}.")
+
+
 def count_stored_not_finite(path: Path) -> int:
     """Count the NaN and infinite voxels that a NIfTI file stores: ITK turns them into 0 when it reads one."""
     stored = _float_voxels(path)

@@ -304,8 +304,6 @@ def _check_annotated(dataset_folder: Path, plans: dict[str, Any], dataset_json: 
     """Refuse plans that are older than a change of `annotated`: other plans of the dataset were made since."""
     from lgssl_nnunet.plans.partial_labels import annotated_classes, annotation_problems
 
-    if "lgssl" not in plans:
-        return
     raise_if_any(annotation_problems(dataset_json), dataset_folder.name)
     now = annotated_classes(dataset_json, plans["lgssl"]["split"]["labeled"])
     planned = plans["lgssl"].get("partial_labels", {})

@@ -13,7 +13,7 @@ import numpy as np
 import lgssl_nnunet
 from lgssl_nnunet.dataset_conversion.case_records import CaseRecords, refuse_taken_number, require_space, write_volume
 from lgssl_nnunet.dataset_conversion.dataset import IMAGE_FOLDERS, LABEL_FOLDERS, TEST, TRAIN, UNLABELED
-from lgssl_nnunet.dataset_conversion.volumes import count_not_finite_if_whole, last_line
+from lgssl_nnunet.dataset_conversion.volumes import last_line, require_intact
 from lgssl_nnunet.errors import DatasetError, UsageError
 from lgssl_nnunet.files import copy_file, file_signature, link_file, read_json_if_valid, remove_leftovers, write_json
 from lgssl_nnunet.locks import hold_lock, lock_beside
@@ -234,13 +234,11 @@ def merge_case(case: MergedCase, folder: MergedFolder, reader: type | None) -> d
 
 def _write_changed(label: Path, values: Mapping[int, int], target: Path, file_ending: str, reader: type) -> None:
     """Write a label file with other values; a damaged one is refused, which would pass for a sound one in the copy."""
+    require_intact(label, "replace them by values of dataset.json")
     try:
-        wrong = count_not_finite_if_whole(label)
         voxels, properties = reader().read_seg(str(label))
     except Exception as error:
         raise DatasetError(f"{label}: cannot be read ({last_line(error)}); copy or export it again.") from None
-    if wrong:
-        raise DatasetError(f"{label}: {wrong} voxels are NaN or infinite; replace them by values of dataset.json.")
     unknown = sorted(set(np.unique(voxels).tolist()).difference(values))
     if unknown:
         shown = ", ".join(f"{value:g}" for value in unknown[:5])

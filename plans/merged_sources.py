@@ -145,7 +145,8 @@ def merged_channels(
     channels = [source.dataset.dataset_json["channel_names"] for source in sources]
     count = len(channels[0])
     found = [list(dict.fromkeys(str(names[str(index)]) for names in channels)) for index in range(count)]
-    misplaced = [_misplaced(index, channels) for index in range(count)]
+    places = [_places(names) for names in channels]
+    misplaced = [_misplaced(index, found[index], places) for index in range(count)]
     if asked is None:
         problems = [
             problem for index in range(count) for problem in misplaced[index] or _channel_problems(index, found)
@@ -278,22 +279,28 @@ def _axes(image: Path) -> int | None:
     return sum(length > 1 for length in header.GetSize()[:_MOST_AXES])
 
 
-def _misplaced(index: int, channels: Sequence[Mapping[str, str]]) -> list[Problem]:
+def _misplaced(index: int, names: Sequence[str], places: Sequence[Mapping[str, set[int]]]) -> list[Problem]:
     """Return a problem if datasets have a channel in different places, which no name for it makes right.
 
     A name that one dataset has in both places tells nothing of the order, as "zscore" of each channel.
+
+    Args:
+        index: the channel.
+        names: what the datasets call it.
+        places: `_places` of each dataset.
     """
-    names = _one_spelling([str(dataset[str(index)]) for dataset in channels])
-    places = [_places(dataset) for dataset in channels]
-    for name in (name.casefold() for name in names):
-        here = [found[name] for found in places if index in found.get(name, ())]
-        elsewhere = [found[name] for found in places if name in found and index not in found[name]]
-        if any(there - mine for mine in here for there in elsewhere):
-            break
-    else:
+    names = _one_spelling(names)
+    if not any(_lies_elsewhere(index, name.casefold(), places) for name in names):
         return []
     problem = f"channel {index} is {' or '.join(names)}, and one of them is another channel elsewhere"
     return [Problem("dataset.json", problem, "bring the channels of all datasets into one order")]
+
+
+def _lies_elsewhere(index: int, name: str, places: Sequence[Mapping[str, set[int]]]) -> bool:
+    """Whether one dataset has a name at this channel, and another one not here but where the first does not have it."""
+    found = [by_name[name] for by_name in places if name in by_name]
+    here = [mine for mine in found if index in mine]
+    return any(theirs - mine for theirs in found if index not in theirs for mine in here)
 
 
 def _places(channels: Mapping[str, str]) -> dict[str, set[int]]:

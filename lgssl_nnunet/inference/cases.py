@@ -6,7 +6,6 @@ Names, headers and sizes are checked before any work starts, voxels when a case 
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
 from lgssl_nnunet.dataset_conversion.geometry import Geometry
 from lgssl_nnunet.dataset_conversion.volumes import (
-    count_not_finite_if_whole,
     last_line,
     require_whole,
     require_whole_nifti,
@@ -102,20 +100,6 @@ def case_and_channel(file: Path, file_ending: str) -> tuple[str, int | None]:
     return (match.group(1), int(match.group(2))) if match else (stem, None)
 
 
-def require_intact(file: Path) -> None:
-    """Raise if a file is damaged, or a NIfTI file holds NaN or infinite voxels: ITK reads both without a word.
-
-    Raises:
-        DatasetError: with what is wrong, or the number of such voxels.
-    """
-    try:
-        wrong = count_not_finite_if_whole(file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{file}: cannot be read ({last_line(error)}); copy or export it again.") from None
-    if wrong:
-        raise DatasetError(f"{file}: {wrong} voxels are NaN or infinite; replace them, for example with background.")
-
-
 def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | None:
     """Return why a segmentation that is there cannot be kept: damaged, or on another grid than its image; else None.
 
@@ -128,10 +112,8 @@ def segmentation_problem(file: Path, image: Path, rules: ImageRules) -> str | No
         if not file.name.endswith(_NIFTI_ENDINGS):
             rules.reader().read_seg(str(file))
         grid, wanted = (_channels_and_grid(path, rules)[1] for path in (file, image))
-    except MemoryError:
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
             raise
         return f"cannot be read ({last_line(error)})"
     return next(iter(grid.differences(wanted, "its image")), None)
@@ -252,7 +234,7 @@ def _stored_channels(file: Path, rules: ImageRules) -> int | None:
 
 
 def _image_problems(name: str, files: Sequence[Path], rules: ImageRules) -> list[str]:
-    """Return what is wrong with the files of one case, from their headers and sizes; `require_intact` reads them."""
+    """Return what is wrong with the files of one case, from headers and sizes; voxels are checked when it is read."""
     problems, grids, channels = [], {}, 0
     for file in files:
         try:

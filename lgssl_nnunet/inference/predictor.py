@@ -28,11 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lgssl_nnunet.data.preprocessing import recipe_of
-from lgssl_nnunet.dataset_conversion.volumes import require_whole_nifti
+from lgssl_nnunet.dataset_conversion.volumes import require_intact, require_whole_nifti
 from lgssl_nnunet.engine.precision import cpu_has_bf16, preferred_memory_format
 from lgssl_nnunet.errors import LGSSLError, UsageError
 from lgssl_nnunet.files import move_into_place
-from lgssl_nnunet.inference.cases import require_intact
 from lgssl_nnunet.inference.classes import PlansForClasses
 from lgssl_nnunet.inference.export import can_export_by_slabs, write_segmentation
 from lgssl_nnunet.inference.models import FINAL_CHECKPOINT

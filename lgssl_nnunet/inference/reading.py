@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lgssl_nnunet.data.preprocessing import Recipe, preprocess
+from lgssl_nnunet.dataset_conversion.volumes import require_intact
 from lgssl_nnunet.errors import DatasetError
-from lgssl_nnunet.inference.cases import require_intact
 
 
 def read_preprocessed(files: Sequence[Path], recipe: Recipe) -> tuple[np.ndarray, dict]:

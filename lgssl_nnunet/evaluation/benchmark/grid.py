@@ -102,11 +102,11 @@ def build_grid(request: GridRequest) -> list[Cell]:
 def _methods_of_budget(methods: Sequence[Method], dataset: RawDataset, budget: int | None) -> list[Method]:
     """Return the methods that can train on a budget, those that learn from another's model last.
 
-    Cases that annotate some classes only are unlabelled in the others, for the methods that take them.
+    Cases that annotate some classes only are unlabelled in the others; methods that do not take them were refused.
     """
     left = bool(dataset.unlabeled) or (budget is not None and budget < len(dataset.labeled))
-    partial = bool(partial_labels(dataset))
-    usable = [m for m in methods if left or not m.needs_unlabeled or (partial and m.takes_partial_labels)]
+    leaves_some = left or bool(partial_labels(dataset))
+    usable = [method for method in methods if leaves_some or not method.needs_unlabeled]
     left_out = [method_label(m.trainer, dict(m.settings)) for m in methods if m not in usable]
     if left_out:
         logger.info(
@@ -216,12 +216,12 @@ def _problems_of_budgets(
     for budget in budgets:
         for seed in (0,) if budget is None else sorted({max(seed, 0) for seed in seeds}):
             try:
-                drawn = choose_budget(dataset, labeled=budget, seed=seed).labeled
-                require_every_class(dataset.with_labeled(drawn))
+                drawn = dataset.with_labeled(choose_budget(dataset, labeled=budget, seed=seed).labeled)
+                require_every_class(drawn)
             except LGSSLError as error:
                 problems.append(str(error) if budget is None else f"seed {seed}: {error}")
                 break
-            partial |= partial_labels(dataset.with_labeled(drawn)).keys()
+            partial |= partial_labels(drawn).keys()
     unfit = sorted({method.trainer for method in methods if not method.takes_partial_labels})
     if partial and unfit:
         problems.append(
